@@ -1,0 +1,6 @@
+//! What lies on disk: snapshot header, manifest, sections, images, digests, and the
+//! [`Persist`](persist::Persist) trait. Knows no virtual machine.
+#![forbid(unsafe_code)]
+
+pub mod codec;
+pub mod persist;
