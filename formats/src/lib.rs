@@ -3,4 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
 pub mod persist;
