@@ -1,2 +1,4 @@
 #![warn(missing_docs)]
-//! Placeholder.
+//! What the end-to-end tests and the bench-side tools share.
+
+pub mod difftest;

@@ -10,6 +10,9 @@ mod regs;
 mod signals;
 mod simd;
 mod sysreg;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 
 pub use counter::{CNTFRQ_HZ, Counter};
 pub use exit::Exit;

@@ -1,0 +1,86 @@
+//! Differential tests of the software CPU against `qemu-aarch64`; see [`squib_tests::difftest`].
+
+use std::process::ExitCode;
+
+use anyhow::ensure;
+use clap::Parser;
+use squib_tests::difftest::classes::{self, CLASSES, Class};
+use squib_tests::difftest::compare::{self, Report};
+use squib_tests::difftest::values::Rng;
+
+/// Compares the software CPU with qemu-aarch64, instruction by instruction.
+#[derive(Parser)]
+struct Args {
+    /// Classes, or the beginnings of their names.
+    classes: Vec<String>,
+    /// List the classes.
+    #[arg(long)]
+    list: bool,
+    /// Cases a class.
+    #[arg(long, default_value_t = 20_000)]
+    count: usize,
+    /// Seed of the cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Run this instruction word only, with random operands.
+    #[arg(long, value_parser = parse_word)]
+    word: Option<u32>,
+    /// Mismatches to print of each group.
+    #[arg(long, default_value_t = 1)]
+    show: usize,
+    /// Groups to print of each class.
+    #[arg(long, default_value_t = 40)]
+    groups: usize,
+}
+
+fn parse_word(text: &str) -> Result<u32, std::num::ParseIntError> {
+    u32::from_str_radix(text.trim_start_matches("0x"), 16)
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let args = Args::parse();
+    if args.list {
+        for class in CLASSES {
+            println!("{:32} mask {:#010x} bits {:#010x}", class.name, class.mask, class.bits);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut selected: Vec<Class> = Vec::new();
+    for name in &args.classes {
+        let classes = classes::named(name);
+        ensure!(!classes.is_empty(), "there is no class {name}");
+        selected.extend(classes);
+    }
+    if let Some(word) = args.word {
+        let like = CLASSES.iter().find(|class| word & class.mask == class.bits);
+        let like = like.unwrap_or(&CLASSES[0]);
+        selected = vec![Class { name: "word", mask: u32::MAX, bits: word, key: u32::MAX, ..*like }];
+    }
+    ensure!(!selected.is_empty(), "name a class (--list lists them) or a --word");
+    let mut failed = 0;
+    for class in &selected {
+        let mut rng = Rng::new(args.seed);
+        let report = compare::run(&class.qemu(), class.key, args.count, |_| class.case(&mut rng))?;
+        failed += print(class, &report, &args);
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(class: &Class, report: &Report, args: &Args) -> usize {
+    let failed: usize = report.groups.values().map(Vec::len).sum();
+    println!(
+        "{:32} {:7} cases, {:7} defined, {:6} differ in {} groups",
+        class.name,
+        report.cases,
+        report.defined,
+        failed,
+        report.groups.len()
+    );
+    for mismatches in report.groups.values().take(args.groups) {
+        println!(" {} like this:", mismatches.len());
+        for mismatch in mismatches.iter().take(args.show) {
+            print!("{}", compare::describe(mismatch));
+        }
+    }
+    failed
+}

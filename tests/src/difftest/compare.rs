@@ -1,0 +1,157 @@
+//! Runs cases on both sides and groups what differs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::process::Command;
+
+use squib_soft::testing::{self, State};
+
+use super::{BATCH, Case, End, Outcome, Qemu};
+
+/// How the two sides differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Difference {
+    /// UNDEFINED in the reference, carried out here.
+    Accepted,
+    /// Carried out by the reference, UNDEFINED here.
+    Refused,
+    /// Both carried it out, with different results.
+    Result,
+}
+
+/// A case with two outcomes.
+#[derive(Clone, Debug)]
+pub struct Mismatch {
+    /// How they differ.
+    pub difference: Difference,
+    /// The case.
+    pub case: Case,
+    /// The reference.
+    pub expected: Outcome,
+    /// The software CPU.
+    pub actual: Outcome,
+}
+
+/// The result of a run.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Cases that were run.
+    pub cases: usize,
+    /// Cases that the reference carried out.
+    pub defined: usize,
+    /// What differed, grouped by the key bits of the instruction.
+    pub groups: BTreeMap<(Difference, u32), Vec<Mismatch>>,
+}
+
+/// Runs `count` cases from `next` on both sides.
+///
+/// # Errors
+/// Those of [`Qemu::run`].
+pub fn run(
+    qemu: &Qemu,
+    key: u32,
+    count: usize,
+    mut next: impl FnMut(usize) -> Case,
+) -> anyhow::Result<Report> {
+    let mut report = Report::default();
+    while report.cases < count {
+        let cases: Vec<_> = (0..BATCH.min(count - report.cases)).map(&mut next).collect();
+        let outcomes = qemu.run(&cases)?;
+        report.cases += cases.len();
+        for (case, expected) in cases.into_iter().zip(outcomes) {
+            report.defined += usize::from(expected.end != End::UNDEFINED);
+            let actual = execute(&case);
+            let Some(difference) = difference(&expected, &actual) else {
+                continue;
+            };
+            let group = report.groups.entry((difference, case.insn & key)).or_default();
+            group.push(Mismatch { difference, case, expected, actual });
+        }
+    }
+    Ok(report)
+}
+
+/// The case on the software CPU.
+pub fn execute(case: &Case) -> Outcome {
+    let mut state = case.state.clone();
+    let end = if testing::execute_data(case.insn, &mut state) { End::Next } else { End::UNDEFINED };
+    Outcome { end, state, memory: case.memory.clone() }
+}
+
+fn difference(expected: &Outcome, actual: &Outcome) -> Option<Difference> {
+    match (expected.end, actual.end) {
+        (End::UNDEFINED, End::UNDEFINED) => None,
+        (End::UNDEFINED, _) => Some(Difference::Accepted),
+        (_, End::UNDEFINED) => Some(Difference::Refused),
+        (End::Signal(expected), End::Signal(actual)) if expected == actual => None,
+        _ => (expected != actual).then_some(Difference::Result),
+    }
+}
+
+/// The disassembly by binutils, or nothing where they are not installed.
+pub fn disassemble(insn: u32) -> Option<String> {
+    let mut file = tempfile::NamedTempFile::new().ok()?;
+    std::io::Write::write_all(&mut file, &insn.to_le_bytes()).ok()?;
+    let output = Command::new("aarch64-linux-gnu-objdump")
+        .args(["-D", "-b", "binary", "-m", "aarch64"])
+        .arg(file.path())
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = text.lines().find(|line| line.trim_start().starts_with("0:"))?;
+    Some(line.split('\t').skip(2).collect::<Vec<_>>().join(" "))
+}
+
+/// One mismatch in full: the word, the operands by the usual fields, and what differs.
+pub fn describe(mismatch: &Mismatch) -> String {
+    let Mismatch { difference, case, expected, actual } = mismatch;
+    let insn = case.insn;
+    let mut out = String::new();
+    let text = disassemble(insn).unwrap_or_default();
+    let _ = writeln!(
+        out,
+        "  {insn:#010x}  {text}  ({difference:?}: {:?} {:?})",
+        expected.end, actual.end
+    );
+    if *difference != Difference::Result {
+        return out;
+    }
+    let before = &case.state;
+    let _ = writeln!(
+        out,
+        "    nzcv {:#010x} fpcr {:#010x} fpsr {:#010x}",
+        before.nzcv, before.fpcr, before.fpsr
+    );
+    for (name, at) in [("d", 0), ("n", 5), ("a", 10), ("m", 16)] {
+        let n = (insn >> at & 31) as usize;
+        let x = before.x.get(n).copied().unwrap_or(before.sp);
+        let _ = writeln!(out, "    {name}: x{n} {x:#018x}  v{n} {:#034x}", before.v[n]);
+    }
+    let _ = write!(out, "{}", state_difference(&expected.state, &actual.state));
+    for (at, (e, a)) in expected.memory.iter().zip(&actual.memory).enumerate() {
+        if e != a {
+            let _ = writeln!(out, "    memory[{at:#x}] expected {e:#04x} actual {a:#04x}");
+        }
+    }
+    out
+}
+
+fn state_difference(expected: &State, actual: &State) -> String {
+    let mut out = String::new();
+    let mut line = |name: String, expected: u128, actual: u128| {
+        if expected != actual {
+            let _ = writeln!(out, "    {name:4} expected {expected:#034x} actual {actual:#034x}");
+        }
+    };
+    for n in 0..31 {
+        line(format!("x{n}"), expected.x[n].into(), actual.x[n].into());
+    }
+    line("sp".into(), expected.sp.into(), actual.sp.into());
+    line("nzcv".into(), expected.nzcv.into(), actual.nzcv.into());
+    line("fpcr".into(), expected.fpcr.into(), actual.fpcr.into());
+    line("fpsr".into(), expected.fpsr.into(), actual.fpsr.into());
+    for n in 0..32 {
+        line(format!("v{n}"), expected.v[n], actual.v[n]);
+    }
+    out
+}

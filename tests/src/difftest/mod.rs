@@ -1,0 +1,129 @@
+//! Differential tests of the software CPU against `qemu-aarch64` user mode, instruction by
+//! instruction.
+//!
+//! A [`Case`] is one instruction word with the register state (and a few hundred bytes of memory)
+//! that it starts from. [`Qemu::run`] packs thousands of them into one static ELF file, runs it, and
+//! returns what each left behind, or the signal that it raised. [`classes`] draws random cases of
+//! one encoding class each; [`compare`] runs a class on both sides and groups what differs.
+//!
+//! The tool is not part of `cargo test`, since it needs qemu-user. Use:
+//!
+//! ```text
+//! cargo run -p squib-tests --bin difftest -- --list
+//! cargo run -p squib-tests --bin difftest -- simd-three-same --count 20000 --seed 7
+//! cargo run -p squib-tests --bin difftest -- fp-data2 fp-data3      (several classes)
+//! cargo run -p squib-tests --bin difftest -- fp                     (all whose name begins so)
+//! cargo run -p squib-tests --bin difftest -- --word 0x1e622820      (one word, random operands)
+//! ```
+//!
+//! Every mismatch is printed with the word, its disassembly (where binutils for aarch64 are
+//! installed), the operands that it read and both results. A found case becomes a plain unit test in
+//! the soft crate. QEMU is a peer and not the arbiter: where the Arm ARM disagrees with it, the
+//! Arm ARM is right.
+//!
+//! The reference CPU is `cortex-a72`: ARMv8.0-A with CRC32 and the cryptographic extension, so that
+//! what is undefined there is what squib leaves undefined. Classes with LSE use `max`.
+
+pub mod classes;
+pub mod compare;
+mod program;
+pub mod values;
+
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+
+use anyhow::{Context as _, bail, ensure};
+use squib_soft::testing::State;
+
+/// Cases in one QEMU process.
+pub const BATCH: usize = 4096;
+
+/// Bytes of memory that belong to one case.
+pub const SCRATCH: usize = 1024;
+
+/// One instruction and what it starts from.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// The instruction word.
+    pub insn: u32,
+    /// The registers before it.
+    pub state: State,
+    /// The memory at [`scratch_address`] before it: empty, or [`SCRATCH`] bytes.
+    pub memory: Vec<u8>,
+}
+
+/// How an instruction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Execution went on with the next instruction.
+    Next,
+    /// Execution went on 8 bytes after the instruction: a branch with offset +8 that was taken.
+    Taken,
+    /// The instruction raised this signal: 4 where it is UNDEFINED.
+    Signal(u32),
+}
+
+impl End {
+    /// SIGILL.
+    pub const UNDEFINED: End = End::Signal(4);
+}
+
+/// What a case left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// The registers after it; meaningless after a signal.
+    pub state: State,
+    /// The memory after it, as long as the case's.
+    pub memory: Vec<u8>,
+}
+
+/// The address of the memory of case `index` of a batch.
+pub fn scratch_address(index: usize) -> u64 {
+    program::SCRATCH_BASE + (index * SCRATCH) as u64
+}
+
+/// The address of the instruction word of case `index` of a batch.
+pub fn insn_address(index: usize) -> u64 {
+    program::stub_address(index) + 4
+}
+
+/// The reference: `qemu-aarch64` with a CPU model.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    /// The program, `qemu-aarch64` by default.
+    pub program: String,
+    /// Its `-cpu`.
+    pub cpu: String,
+}
+
+impl Qemu {
+    /// `qemu-aarch64 -cpu CPU`.
+    pub fn new(cpu: &str) -> Self {
+        Self { program: "qemu-aarch64".into(), cpu: cpu.into() }
+    }
+
+    /// Runs at most [`BATCH`] cases in one process; one outcome a case, in order.
+    ///
+    /// # Errors
+    /// QEMU cannot be started, died, or wrote something else than the outcomes.
+    pub fn run(&self, cases: &[Case]) -> anyhow::Result<Vec<Outcome>> {
+        ensure!(cases.len() <= BATCH, "{} cases in a batch of {BATCH}", cases.len());
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(&program::build(cases))?;
+        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o700))?;
+        let path = file.into_temp_path();
+        let output = Command::new(&self.program)
+            .args(["-cpu", &self.cpu])
+            .arg(&path)
+            .output()
+            .with_context(|| format!("cannot run {} (Debian package qemu-user)", self.program))?;
+        if !output.status.success() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            bail!("{} ended with {}: {stderr}", self.program, output.status);
+        }
+        program::parse(cases, &output.stdout)
+    }
+}

@@ -1,0 +1,62 @@
+//! Single instructions on a plain register state, for the differential tests.
+
+use crate::regs::{Regs, SP};
+use crate::simd;
+
+/// What an EL0 program sees of a CPU, without memory and PC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// X0 to X30.
+    pub x: [u64; 31],
+    /// The stack pointer.
+    pub sp: u64,
+    /// N, Z, C and V in bits 31 to 28.
+    pub nzcv: u32,
+    /// FPCR.
+    pub fpcr: u32,
+    /// FPSR.
+    pub fpsr: u32,
+    /// V0 to V31.
+    pub v: [u128; 32],
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { x: [0; 31], sp: 0, nzcv: 0, fpcr: 0, fpsr: 0, v: [0; 32] }
+    }
+}
+
+impl State {
+    fn to_regs(&self) -> Regs {
+        let mut regs = Regs::new();
+        regs.x[..31].copy_from_slice(&self.x);
+        regs.x[usize::from(SP)] = self.sp;
+        regs.set_nzcv(self.nzcv);
+        regs.fpcr = self.fpcr;
+        regs.fpsr = self.fpsr;
+        regs.v = self.v;
+        regs
+    }
+
+    fn set_from(&mut self, regs: &Regs) {
+        self.x.copy_from_slice(&regs.x[..31]);
+        self.sp = regs.x[usize::from(SP)];
+        self.nzcv = regs.nzcv();
+        self.fpcr = regs.fpcr;
+        self.fpsr = regs.fpsr;
+        self.v = regs.v;
+    }
+}
+
+/// Carries out one instruction of the encoding group `insn<27:25> == 111` on `state`.
+///
+/// Answers false, with `state` as it was, where the encoding is unallocated.
+pub fn execute_data(insn: u32, state: &mut State) -> bool {
+    let Some(function) = simd::decode(insn) else {
+        return false;
+    };
+    let mut regs = state.to_regs();
+    function(&mut regs, insn);
+    state.set_from(&regs);
+    true
+}
