@@ -1,0 +1,96 @@
+#!/bin/sh
+# First program of the squib guest kit.
+#
+# Kernel command line words it knows:
+#   root=DEVICE   mount that ext4 file system and run its /sbin/init (or init=PATH); `ro` mounts it read-only
+#   squib.demo    the job of `squib demo`: fill the disk, count, answer commands
+# Without them: a shell on the console, which powers the machine off when it ends.
+
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+mkdir -p /dev/pts
+mount -t devpts devpts /dev/pts
+
+while read -r module; do insmod "$module"; done < /lib/modules/squib-boot
+
+root= init=/sbin/init mode=rw job=shell
+read -r cmdline < /proc/cmdline
+for word in $cmdline; do
+    case $word in
+        root=*) root=${word#root=} job=root ;;
+        init=*) init=${word#init=} ;;
+        ro) mode=ro ;;
+        squib.demo) job=demo ;;
+    esac
+done
+read -r console < /sys/class/tty/console/active
+console=/dev/${console##* }
+
+wait_for() {
+    tries=0
+    until [ -b "$1" ]; do
+        tries=$((tries + 1))
+        [ $tries -gt 100 ] && return 1
+        sleep 0.05
+    done
+}
+
+switch() {
+    wait_for "$root" || { echo "squib: no block device $root"; return 1; }
+    mkdir -p /newroot
+    mount -t ext4 -o $mode "$root" /newroot || return 1
+    umount /dev/pts
+    mount -o move /dev /newroot/dev
+    mount -o move /sys /newroot/sys
+    mount -o move /proc /newroot/proc
+    exec switch_root /newroot "$init"
+}
+
+sum() {
+    sync
+    echo 3 > /proc/sys/vm/drop_caches
+    set -- $(sha256sum /dev/vda)
+    echo "sum $1"
+}
+
+# Counts on the console. `sum` prints the SHA-256 of the disk as the device gives it, `off` ends.
+demo() {
+    wait_for /dev/vda || { echo "demo failed: no disk"; return 1; }
+    stty -F "$console" -echo
+    dd if=/dev/urandom of=/dev/vda bs=64k count=32 conv=notrunc,fsync 2>/dev/null \
+        || { echo "demo failed: cannot write the disk"; return 1; }
+    echo "disk written"
+    n=0
+    while :; do
+        n=$((n + 1))
+        echo "count $n"
+        if read -r -t 0.1 command; then
+            case $command in
+                sum) sum ;;
+                off) return 0 ;;
+            esac
+        fi
+    done < "$console" > "$console"
+}
+
+# Nobody is init here: `poweroff`, `halt` and `reboot` signal us.
+trap 'sync; poweroff -f' USR2
+trap 'sync; poweroff -f' USR1
+trap 'sync; reboot -f' TERM
+
+case $job in
+    root) switch ;;
+    demo) demo; sync; poweroff -f ;;
+esac
+
+busybox --install -s 2>/dev/null
+hostname squib
+ip link set lo up
+echo
+echo "squib guest kit, Linux $(uname -r), $(nproc) CPU(s). \`poweroff\` or the end of this shell ends the machine."
+setsid cttyhack sh -l &
+wait $!
+sync
+poweroff -f

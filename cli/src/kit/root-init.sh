@@ -1,0 +1,31 @@
+#!/bin/sh
+# First program of the squib root file system: a shell on the console, which powers the machine off
+# when it ends. `squib.exec=PATH` on the kernel command line runs that program instead.
+
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux LANG=C.UTF-8
+for place in "proc proc" "sysfs sys" "devtmpfs dev"; do
+    set -- $place
+    mountpoint -q /$2 || mount -t $1 $1 /$2
+done
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+hostname -F /etc/hostname 2>/dev/null
+
+program="bash -l"
+read -r cmdline < /proc/cmdline
+for word in $cmdline; do
+    case $word in squib.exec=*) program=${word#squib.exec=} ;; esac
+done
+read -r console < /sys/class/tty/console/active
+console=/dev/${console##* }
+
+trap '/sbin/poweroff' USR1 USR2
+trap '/sbin/reboot' TERM
+
+cd /root
+setsid -c $program < "$console" > "$console" 2>&1 &
+wait $!
+/sbin/poweroff
