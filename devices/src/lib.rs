@@ -12,3 +12,6 @@ pub mod gic;
 pub mod irq;
 pub mod map;
 pub mod memory;
+pub mod rtc;
+pub mod serial;
+pub mod vmgenid;
