@@ -1,0 +1,305 @@
+//! Puts kernel, initrd and device tree into guest RAM.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use squib_devices::{map, memory::GuestRam};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{
+    fdt::{FdtError, Guest, device_tree},
+    image::{Image, ImageError, PageSize, unpack},
+};
+use crate::{config::MachineConfig, seed::Seeds};
+
+/// Bytes at the end of RAM that hold the device tree.
+pub const FDT_AREA: u64 = 64 << 10;
+/// First address that belongs to the guest: 2 MiB aligned, behind the system area.
+const GUEST_BASE: u64 = map::RAM_BASE + map::SYSTEM_AREA_SIZE;
+/// Alignment of the initrd: the largest page size.
+const INITRD_ALIGN: u64 = 64 << 10;
+
+/// Where the boot vCPU starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// First instruction.
+    pub pc: u64,
+    /// x0: the device tree's address.
+    pub fdt: u64,
+    /// Granule of the kernel, which the CPU must have.
+    pub page_size: PageSize,
+}
+
+/// Why a machine cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel or initrd cannot be read.
+    #[error("{what} {}: {source}", path.display())]
+    Read {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kernel file is not a kernel for this machine.
+    #[error("kernel {}: {source}", path.display())]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        source: ImageError,
+    },
+    /// The kernel does not fit into RAM.
+    #[error(
+        "kernel {} needs {needed} bytes at offset {text_offset:#x}, but {memory} bytes of memory leave {available} for it",
+        path.display()
+    )]
+    KernelDoesNotFit {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it needs.
+        needed: u64,
+        /// Its text offset.
+        text_offset: u64,
+        /// Bytes between its place and the device tree.
+        available: u64,
+        /// RAM in bytes.
+        memory: u64,
+    },
+    /// The initrd does not fit into what the kernel leaves.
+    #[error(
+        "initrd {} has {needed} bytes, but {memory} bytes of memory leave {available} above the kernel",
+        path.display()
+    )]
+    InitrdDoesNotFit {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        needed: u64,
+        /// Bytes between kernel and device tree.
+        available: u64,
+        /// RAM in bytes.
+        memory: u64,
+    },
+    /// The device tree cannot be written.
+    #[error("the device tree: {0}")]
+    Fdt(#[from] FdtError),
+    /// There is no entropy for the guest's seeds.
+    #[error("the host gives no random numbers: {0}")]
+    Entropy(#[from] getrandom::Error),
+    /// RAM could not be written.
+    #[error("guest memory: {0}")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+}
+
+/// Fills `ram` for the first instruction of a guest of `config`.
+pub fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, BootError> {
+    let seeds = match config.deterministic {
+        Some(deterministic) => Seeds::Stream(deterministic.seed),
+        None => Seeds::Host,
+    };
+    load_with(config, ram, seeds)
+}
+
+fn load_with(config: &MachineConfig, ram: &GuestRam, mut seeds: Seeds) -> Result<Entry, BootError> {
+    let memory = ram.size();
+    let fdt = map::RAM_BASE + memory - FDT_AREA;
+    let image = read_kernel(&config.kernel, memory)?;
+    let pc = place_kernel(&config.kernel, &image, fdt, memory)?;
+    ram.write_slice(&image.bytes, GuestAddress(pc))?;
+
+    let kernel_end = pc + image.size;
+    let initrd = match &config.initrd {
+        Some(path) => Some(place_initrd(path, ram, kernel_end, fdt)?),
+        None => None,
+    };
+    let mut rng_seed = [0; 64];
+    seeds.fill(&mut rng_seed)?;
+    let kaslr_seed = seeds.u64()?;
+    let tree = device_tree(&Guest {
+        memory,
+        vcpus: config.vcpus,
+        cmdline: &config.cmdline,
+        initrd,
+        virtio_slots: config.disks.len() as u32 + u32::from(config.rng),
+        rng_seed: &rng_seed,
+        kaslr_seed,
+    })?;
+    if tree.len() as u64 > FDT_AREA {
+        return Err(FdtError::TooLarge { length: tree.len() }.into());
+    }
+    ram.write_slice(&tree, GuestAddress(fdt))?;
+    Ok(Entry { pc, fdt, page_size: image.page_size })
+}
+
+fn read_kernel(path: &Path, memory: u64) -> Result<Image, BootError> {
+    let bytes = read_file("kernel", path, memory)?;
+    unpack(bytes, memory).map_err(|source| BootError::Kernel { path: path.to_owned(), source })
+}
+
+/// The kernel's address: a 2 MiB boundary plus its text offset.
+fn place_kernel(path: &Path, image: &Image, limit: u64, memory: u64) -> Result<u64, BootError> {
+    let start = GUEST_BASE.saturating_add(image.text_offset);
+    let available = limit.saturating_sub(start);
+    if image.size > available {
+        return Err(BootError::KernelDoesNotFit {
+            path: path.to_owned(),
+            needed: image.size,
+            text_offset: image.text_offset,
+            available,
+            memory,
+        });
+    }
+    Ok(start)
+}
+
+/// Reads the initrd to just below `limit`; gives its range.
+fn place_initrd(
+    path: &Path,
+    ram: &GuestRam,
+    floor: u64,
+    limit: u64,
+) -> Result<(u64, u64), BootError> {
+    let bytes = read_file("initrd", path, ram.size())?;
+    let needed = bytes.len() as u64;
+    let start = limit.checked_sub(needed).map(|start| start & !(INITRD_ALIGN - 1));
+    match start.filter(|start| *start >= floor) {
+        Some(start) => {
+            ram.write_slice(&bytes, GuestAddress(start))?;
+            Ok((start, start + needed))
+        }
+        None => Err(BootError::InitrdDoesNotFit {
+            path: path.to_owned(),
+            needed,
+            available: limit.saturating_sub(floor),
+            memory: ram.size(),
+        }),
+    }
+}
+
+/// Reads a whole regular file. What is longer than RAM can never be loaded and is not read.
+fn read_file(what: &'static str, path: &Path, memory: u64) -> Result<Vec<u8>, BootError> {
+    let read = || {
+        let file = File::open(path)?;
+        let meta = file.metadata()?;
+        if meta.is_dir() {
+            return Err(io::Error::from(io::ErrorKind::IsADirectory));
+        }
+        if meta.len() > memory {
+            let why = format!("{} bytes, more than the {memory} bytes of memory", meta.len());
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+        }
+        let mut bytes = Vec::with_capacity(meta.len() as usize);
+        // A pipe or a growing file has no honest length.
+        file.take(memory + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > memory {
+            let why = format!("more than the {memory} bytes of memory");
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+        }
+        Ok(bytes)
+    };
+    read().map_err(|source| BootError::Read { what, path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::image::tests::kernel, *};
+
+    struct Files {
+        dir: tempfile::TempDir,
+        config: MachineConfig,
+        ram: GuestRam,
+    }
+
+    fn files(kernel: &[u8], initrd: Option<usize>) -> Files {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("Image");
+        std::fs::write(&path, kernel).unwrap();
+        let mut config = MachineConfig::new("vm", path);
+        config.memory = map::RAM_MIN;
+        config.initrd = initrd.map(|length| {
+            let path = dir.path().join("initrd");
+            std::fs::write(&path, vec![0xa5; length]).unwrap();
+            path
+        });
+        Files { dir, config, ram: GuestRam::new(map::RAM_MIN).unwrap() }
+    }
+
+    #[test]
+    fn kernel_initrd_and_tree_lie_where_the_guest_looks_for_them() {
+        let image = kernel(0, 0x20_0000, 0, 0x1000);
+        let files = files(&image, Some(0x1_2345));
+        let entry = load(&files.config, &files.ram).unwrap();
+        assert_eq!(entry.pc, 0x8020_0000);
+        let end = map::RAM_BASE + map::RAM_MIN;
+        assert_eq!(entry.fdt, end - 0x1_0000);
+        let mut found = vec![0; image.len()];
+        files.ram.read_slice(&mut found, GuestAddress(entry.pc)).unwrap();
+        assert_eq!(found, image);
+        let tree: u32 = files.ram.read_obj(GuestAddress(entry.fdt)).unwrap();
+        assert_eq!(u32::from_be(tree), 0xd00d_feed);
+        let mut found = vec![0; 0x1_2345];
+        files.ram.read_slice(&mut found, GuestAddress(end - 0x3_0000)).unwrap();
+        assert!(found.iter().all(|byte| *byte == 0xa5));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_reported_with_both_sizes() {
+        let image = kernel(0, map::RAM_MIN, 0, 0x1000);
+        let Files { config, ram, dir: _dir } = files(&image, None);
+        let error = load(&config, &ram).unwrap_err();
+        let available = map::RAM_MIN - map::SYSTEM_AREA_SIZE - FDT_AREA;
+        assert!(error.to_string().contains(&map::RAM_MIN.to_string()), "{error}");
+        assert!(error.to_string().contains(&available.to_string()), "{error}");
+
+        let image = kernel(0, map::RAM_MIN - (8 << 20), 0, 0x1000);
+        let Files { config, ram, dir: _dir } = files(&image, Some(7 << 20));
+        let error = load(&config, &ram).unwrap_err();
+        let BootError::InitrdDoesNotFit { needed, available, .. } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(needed, 7 << 20);
+        assert_eq!(available, (6 << 20) - FDT_AREA);
+    }
+
+    #[test]
+    fn a_hostile_text_offset_does_not_overflow() {
+        let Files { config, ram, dir: _dir } = files(&kernel(u64::MAX - 5, 1, 0, 0x1000), None);
+        let found = load(&config, &ram);
+        assert!(matches!(found, Err(BootError::KernelDoesNotFit { available: 0, .. })));
+        let Files { config, ram, dir: _dir } = files(&kernel(0, u64::MAX, 0, 0x1000), None);
+        let found = load(&config, &ram);
+        assert!(matches!(found, Err(BootError::KernelDoesNotFit { needed: u64::MAX, .. })));
+    }
+
+    #[test]
+    fn missing_files_and_folders_are_named() {
+        let mut files = files(&kernel(0, 64, 0, 64), None);
+        files.config.initrd = Some(files.dir.path().join("none"));
+        let error = load(&files.config, &files.ram).unwrap_err().to_string();
+        assert!(error.starts_with("initrd ") && error.contains("none"), "{error}");
+        files.config.kernel = files.dir.path().to_owned();
+        let error = load(&files.config, &files.ram).unwrap_err().to_string();
+        assert!(error.starts_with("kernel ") && error.contains("directory"), "{error}");
+    }
+
+    #[test]
+    fn a_seed_makes_equal_memory() {
+        let mut files = files(&kernel(0, 64, 0, 64), None);
+        let tree = |config: &MachineConfig| {
+            let ram = GuestRam::new(map::RAM_MIN).unwrap();
+            let entry = load(config, &ram).unwrap();
+            let mut tree = vec![0; FDT_AREA as usize];
+            ram.read_slice(&mut tree, GuestAddress(entry.fdt)).unwrap();
+            tree
+        };
+        assert_ne!(tree(&files.config), tree(&files.config));
+        files.config.deterministic = Some(crate::config::Deterministic { seed: 7, epoch: 0 });
+        assert_eq!(tree(&files.config), tree(&files.config));
+    }
+}

@@ -1,0 +1,180 @@
+//! What runs the guest's instructions, behind traits shaped like Hypervisor.framework, the strictest
+//! of the backends.
+//!
+//! A [`Vcpu`] is made, used, saved and dropped on one thread, its own. Only its [`Kick`] may be used
+//! from others. System registers go by their architectural encoding, so that every backend speaks the
+//! same [`VcpuState`].
+
+mod state;
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use squib_devices::{device::MachineDevice, irq::IrqChip, map::Range, memory::GuestRam};
+use squib_formats::persist::{PersistError, Section};
+
+pub use state::{ExclusiveMonitor, VcpuState};
+
+use crate::config::{BackendKind, MachineConfig};
+
+/// A virtual machine on the backend that `config` names, with `ram` at its place.
+pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError> {
+    let _ = ram;
+    let backend = config.backend;
+    Err(HypervisorError::Unavailable { backend, why: "this build does not have it".to_owned() })
+}
+
+/// One virtual machine of a backend: guest-physical memory, the interrupt chip and the counter.
+pub trait Vm: Send + Sync {
+    /// What the guest sees of its CPUs.
+    fn identity(&self) -> CpuIdentity;
+
+    /// Makes vCPU `index` in its reset state. Called once for each, on the thread that will run it.
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, HypervisorError>;
+
+    /// The shared interrupts' inputs.
+    fn irq_chip(&self) -> Arc<dyn IrqChip>;
+
+    /// The interrupt chip's registers where they are emulated here rather than in the backend.
+    fn irq_chip_frames(&self) -> Vec<(Range, Arc<dyn MachineDevice>)>;
+
+    /// Kind of the interrupt chip's section.
+    fn irq_chip_kind(&self) -> &'static str;
+
+    /// The interrupt chip's state as one section. Called while no vCPU runs.
+    fn save_irq_chip(&self) -> Result<Section, PersistError>;
+
+    /// Takes over the interrupt chip's state. Called when all vCPUs exist and none has run.
+    fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError>;
+
+    /// The counter behind CNTVCT_EL0.
+    fn counter(&self) -> Arc<dyn SystemCounter>;
+}
+
+/// The system counter, one for a machine.
+pub trait SystemCounter: Send + Sync {
+    /// Ticks a second: CNTFRQ_EL0.
+    fn frequency(&self) -> u64;
+    /// The value now.
+    fn now(&self) -> u64;
+    /// Lets it run from its present value. Called while no vCPU runs. Idempotent.
+    fn start(&self);
+    /// Holds its present value. Called while no vCPU runs. Idempotent.
+    fn stop(&self);
+    /// Sets the value. Called while it is stopped.
+    fn set(&self, ticks: u64);
+}
+
+/// One vCPU, on its own thread.
+pub trait Vcpu {
+    /// What makes it leave the guest.
+    fn kick(&self) -> Arc<dyn Kick>;
+
+    /// Runs the guest until it needs something. `limit` is a count of retired instructions at which to
+    /// stop exactly; only a deterministic machine has one.
+    fn run(&mut self, limit: Option<u64>) -> Result<Exit, HypervisorError>;
+
+    /// Completes [`Exit::MmioRead`] with the value, before the next [`run`](Self::run).
+    fn complete_read(&mut self, value: u64) -> Result<(), HypervisorError>;
+
+    /// Sleeps as [`Exit::WaitForInterrupt`] asks: until an interrupt, the timer's deadline or a kick.
+    /// False if nothing but a kick or a device can ever end the wait and `block` is false; then it
+    /// returns at once.
+    fn wait(&mut self, block: bool) -> Result<bool, HypervisorError>;
+
+    /// X0 to X30 by number.
+    fn x(&mut self, n: u8) -> Result<u64, HypervisorError>;
+
+    /// Sets X0 to X30 by number.
+    fn set_x(&mut self, n: u8, value: u64) -> Result<(), HypervisorError>;
+
+    /// Puts the vCPU into its reset state and lets it begin at `pc` with `x0`: EL1h, MMU off,
+    /// interrupts masked.
+    fn start(&mut self, pc: u64, x0: u64) -> Result<(), HypervisorError>;
+
+    /// The next instruction's address, for messages.
+    fn pc(&mut self) -> Result<u64, HypervisorError>;
+
+    /// Instructions retired since the first start, where the backend counts them.
+    fn retired(&mut self) -> Option<u64>;
+
+    /// All of its state.
+    fn save(&mut self) -> Result<VcpuState, HypervisorError>;
+
+    /// Takes over `state`, which comes from disk and is hostile. On an error nothing has changed.
+    fn restore(&mut self, state: &VcpuState) -> Result<(), HypervisorError>;
+}
+
+/// Makes a vCPU leave the guest, from any thread.
+pub trait Kick: Send + Sync {
+    /// The current or the next [`Vcpu::run`] or [`Vcpu::wait`] returns. Never blocks.
+    fn kick(&self);
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A load from an address that is not RAM; see [`Vcpu::complete_read`].
+    MmioRead {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes: 1, 2, 4 or 8.
+        size: u8,
+    },
+    /// A store to an address that is not RAM.
+    MmioWrite {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes: 1, 2, 4 or 8.
+        size: u8,
+        /// The value, zero-extended.
+        value: u64,
+    },
+    /// HVC with the immediate. Arguments and results are in X0 to X17.
+    Hypercall {
+        /// The instruction's immediate.
+        imm: u16,
+    },
+    /// Nothing to do: see [`Vcpu::wait`].
+    WaitForInterrupt,
+    /// [`Kick::kick`] was called.
+    Cancelled,
+    /// The count of retired instructions has reached the limit.
+    Limit,
+}
+
+/// What a guest can learn about its CPUs; part of a snapshot's manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuIdentity {
+    /// The backend.
+    pub backend: BackendKind,
+    /// CNTFRQ_EL0.
+    pub counter_hz: u64,
+    /// ID registers (op0, op1, CRn, CRm, op2 packed as in MRS bits 20 to 5) and values, by encoding.
+    pub id_registers: Vec<(u16, u64)>,
+}
+
+/// What a backend cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum HypervisorError {
+    /// This build or host has no such backend.
+    #[error("the {backend} backend is not available: {why}")]
+    Unavailable {
+        /// The backend.
+        backend: BackendKind,
+        /// What is missing.
+        why: String,
+    },
+    /// A call into the backend failed.
+    #[error("{call} failed: {why}")]
+    Call {
+        /// What was called.
+        call: &'static str,
+        /// What it answered.
+        why: String,
+    },
+    /// A saved state that this backend cannot take over.
+    #[error("{0}")]
+    State(#[from] PersistError),
+}

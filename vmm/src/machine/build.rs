@@ -1,0 +1,254 @@
+//! Putting a machine together, and putting saved state back into it.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    io::Write,
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use parking_lot::Mutex;
+use squib_devices::{
+    bus::Bus,
+    clock::{Clock, HostClock},
+    map::{self, Range},
+    memory::GuestRam,
+};
+use squib_formats::persist::{PersistError, Section, Versioned};
+
+use super::{
+    Control, Machine, Part,
+    console::{ConsoleInput, ConsoleOutput, Feed},
+    devices,
+    gate::Gate,
+    section_name, state_error,
+    types::{ClockPolicy, MachineError, RestoreOptions, TimeState, Timings},
+    vcpu::{Board, vcpu_thread},
+};
+use crate::{
+    config::MachineConfig,
+    hypervisor::{self, SystemCounter, VcpuState, Vm},
+    psci::{Psci, PsciState},
+};
+
+/// Sections by kind and instance.
+pub(super) type Sections = BTreeMap<(String, String), Section>;
+
+const NANOS: u128 = 1_000_000_000;
+
+impl Machine {
+    /// All parts of a machine in their reset state, at rest, without anything in RAM.
+    pub(super) fn assemble(
+        config: MachineConfig,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        config.validate()?;
+        let ram = GuestRam::new(config.memory)
+            .map_err(|source| MachineError::Memory { size: config.memory, source })?;
+        let vm = hypervisor::create(&config, &ram)?;
+        Self::assemble_on(vm, config, ram, console)
+    }
+
+    /// [`assemble`](Self::assemble) on a backend that was made before.
+    pub(super) fn assemble_on(
+        vm: Arc<dyn Vm>,
+        config: MachineConfig,
+        ram: GuestRam,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        let counter = vm.counter();
+        let clock: Arc<dyn Clock> = match config.deterministic {
+            Some(deterministic) => Arc::new(CounterClock {
+                counter: Arc::clone(&counter),
+                epoch_ns: u128::from(deterministic.epoch) * NANOS,
+            }),
+            None => Arc::new(HostClock::new()),
+        };
+        let timings = Arc::new(Timings::default());
+        let feed = Feed::new();
+        let mut bus = Bus::new();
+        for (range, frame) in vm.irq_chip_frames() {
+            bus.insert(range, frame)?;
+        }
+        let console = ConsoleOutput { sink: console, timings: Arc::clone(&timings) };
+        let built = devices::build(&config, &*vm, &ram, &clock, console, &feed)?;
+        for (range, part) in &built.parts {
+            bus.insert(*range, Arc::clone(&part.device))?;
+        }
+
+        let psci =
+            Arc::new(Psci::new(config.vcpus, Range { base: map::RAM_BASE, size: config.memory }));
+        let gate = Gate::new(config.vcpus, Arc::clone(&psci));
+        let unclaimed = Mutex::new(HashSet::new());
+        let board = Arc::new(Board { vm, bus, psci, gate, timings, unclaimed });
+        let mut machine = Self {
+            ram,
+            board,
+            devices: built.parts.into_iter().map(|(_, part)| part).collect(),
+            counter,
+            clock,
+            console: ConsoleInput::new(Arc::clone(&feed)),
+            threads: Vec::new(),
+            control: Mutex::new(Control { paused: true }),
+            config,
+        };
+        // From here on, an error drops the machine, which ends the threads that were started.
+        for part in &machine.devices {
+            part.device.pause(std::time::Instant::now() + super::SETTLE)?;
+        }
+        machine.start_vcpus()?;
+        let offer = built.offer;
+        machine.spawn("console-in".to_owned(), move || feed.pump(offer))?;
+        Ok(machine)
+    }
+
+    /// Starts the vCPU threads and waits until each has made its vCPU.
+    fn start_vcpus(&mut self) -> Result<(), MachineError> {
+        let mut answers = Vec::new();
+        for index in 0..self.config.vcpus {
+            let (ready, answer) = mpsc::sync_channel(1);
+            let board = Arc::clone(&self.board);
+            self.spawn(format!("vcpu{index}"), move || vcpu_thread(&board, index, ready))?;
+            answers.push((index, answer));
+        }
+        for (vcpu, answer) in answers {
+            answer.recv().map_err(|_| MachineError::VcpuGone { vcpu })??;
+        }
+        Ok(())
+    }
+
+    fn spawn(
+        &mut self,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), MachineError> {
+        let spawned = thread::Builder::new().name(name.clone()).spawn(body);
+        self.threads.push(spawned.map_err(|source| MachineError::Thread { name, source })?);
+        Ok(())
+    }
+
+    /// Every section that this machine saves, in that order.
+    fn places(&self) -> Vec<(String, String)> {
+        let name = |kind: &str, instance: &str| (kind.to_owned(), instance.to_owned());
+        let mut places = Vec::new();
+        places.extend(self.devices.iter().map(|part| name(part.device.kind(), &part.instance)));
+        places.push(name(self.board.vm.irq_chip_kind(), "0"));
+        places.push(name(PsciState::KIND, "0"));
+        places.extend((0..self.config.vcpus).map(|n| name(VcpuState::KIND, &n.to_string())));
+        places.push(name(TimeState::KIND, "0"));
+        places
+    }
+
+    /// Checks that there is one section for every place and one place for every section.
+    pub(super) fn sort(&self, sections: Vec<Section>) -> Result<Sections, MachineError> {
+        let places = self.places();
+        let mut sorted = BTreeMap::new();
+        for section in sections {
+            let key = (section.kind.clone(), section.instance.clone());
+            let name = || section_name(&key.0, &key.1);
+            if !places.contains(&key) {
+                return Err(MachineError::UnknownSection { section: name() });
+            }
+            if sorted.contains_key(&key) {
+                return Err(MachineError::DuplicateSection { section: name() });
+            }
+            sorted.insert(key, section);
+        }
+        match places.iter().find(|place| !sorted.contains_key(place)) {
+            Some((kind, instance)) => {
+                Err(MachineError::MissingSection { section: section_name(kind, instance) })
+            }
+            None => Ok(sorted),
+        }
+    }
+
+    /// Puts saved state into the fresh parts: interrupt chip, time, vCPUs, devices, identity. Time comes
+    /// before vCPUs, whose timers are measured against it.
+    pub(super) fn take_over(
+        &self,
+        mut sections: Sections,
+        options: RestoreOptions,
+    ) -> Result<(), MachineError> {
+        let mut take = |kind: &str, instance: &str| {
+            let found = sections.remove(&(kind.to_owned(), instance.to_owned()));
+            found.ok_or_else(|| MachineError::MissingSection {
+                section: section_name(kind, instance),
+            })
+        };
+        let vm = &self.board.vm;
+        let chip = vm.irq_chip_kind();
+        vm.restore_irq_chip(&take(chip, "0")?)
+            .map_err(|source| state_error(section_name(chip, "0"), source))?;
+
+        let time = decode::<TimeState>(&take(TimeState::KIND, "0")?)?;
+        self.restore_time(&time, options.clock)
+            .map_err(|source| state_error(section_name(TimeState::KIND, "0"), source))?;
+
+        let psci = decode::<PsciState>(&take(PsciState::KIND, "0")?)?;
+        self.board
+            .psci
+            .restore_shared(psci)
+            .map_err(|source| state_error(section_name(PsciState::KIND, "0"), source))?;
+        for index in 0..self.config.vcpus {
+            let instance = index.to_string();
+            let state = decode::<VcpuState>(&take(VcpuState::KIND, &instance)?)?;
+            self.on_vcpu(index, move |vcpu| vcpu.restore(&state))??;
+        }
+        for Part { instance, device } in &self.devices {
+            let section = take(device.kind(), instance)?;
+            device
+                .restore(&section)
+                .map_err(|source| state_error(section_name(device.kind(), instance), source))?;
+        }
+        Ok(())
+    }
+
+    fn restore_time(&self, saved: &TimeState, clock: ClockPolicy) -> Result<(), PersistError> {
+        let TimeState { counter, frequency, wall_ns } = saved;
+        let here = self.counter.frequency();
+        if *frequency != here {
+            let why = format!("{frequency} Hz, this backend's counter has {here} Hz");
+            return Err(PersistError::invalid(TimeState::KIND, "frequency", why));
+        }
+        let away_ns = match clock {
+            ClockPolicy::Advance if self.config.deterministic.is_none() => {
+                // The wall clock may have been set back: then no time has passed.
+                self.clock.wall_ns().saturating_sub(*wall_ns)
+            }
+            _ => 0,
+        };
+        let away = u128::from(away_ns) * u128::from(here) / NANOS;
+        let ticks = u64::try_from(away).ok().and_then(|away| counter.checked_add(away));
+        match ticks {
+            Some(ticks) => self.counter.set(ticks),
+            None => {
+                let why = format!("{counter} ticks leave no room for {away} more");
+                return Err(PersistError::invalid(TimeState::KIND, "counter", why));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn decode<S: Versioned>(section: &Section) -> Result<S, MachineError> {
+    let name = || section_name(&section.kind, &section.instance);
+    section.decode().map_err(|source| state_error(name(), source))
+}
+
+/// Time of a deterministic machine: the virtual counter.
+struct CounterClock {
+    counter: Arc<dyn SystemCounter>,
+    epoch_ns: u128,
+}
+
+impl Clock for CounterClock {
+    fn monotonic_ns(&self) -> u64 {
+        // Below 2^64 for 584 years of virtual time.
+        (u128::from(self.counter.now()) * NANOS / u128::from(self.counter.frequency().max(1)))
+            as u64
+    }
+
+    fn wall_ns(&self) -> u64 {
+        u64::try_from(self.epoch_ns + u128::from(self.monotonic_ns())).unwrap_or(u64::MAX)
+    }
+}

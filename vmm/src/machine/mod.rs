@@ -1,0 +1,340 @@
+//! One machine: RAM, devices, vCPU threads.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use squib_vmm::{config::MachineConfig, machine::{Machine, Outcome}};
+//!
+//! # fn main() -> Result<(), squib_vmm::machine::MachineError> {
+//! let config = MachineConfig::new("vm", "/boot/Image");
+//! let machine = Machine::boot(config, Box::new(std::io::stdout()))?;
+//! machine.resume()?;
+//! machine.pause(Duration::from_secs(2))?;
+//! let sections = machine.save()?;
+//! machine.resume()?;
+//! assert_eq!(machine.wait(), Outcome::PowerOff);
+//! # let _ = sections; Ok(()) }
+//! ```
+//!
+//! A pause has three steps (and so has the way back, from the last to the first): vCPUs are kicked and
+//! park at the gate; the counter stops; devices settle what is in flight. On a missed deadline
+//! everything wakes again.
+
+mod build;
+mod console;
+mod devices;
+mod gate;
+mod types;
+mod vcpu;
+
+use std::{
+    io::Write,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use squib_devices::{clock::Clock, device::MachineDevice, memory::GuestRam};
+use squib_formats::persist::{self, PersistError, Section};
+
+pub use console::ConsoleInput;
+pub use types::{
+    ClockPolicy, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState, RunUntil,
+    TimeState, Timings,
+};
+
+use self::vcpu::Board;
+use crate::{
+    boot,
+    config::MachineConfig,
+    hypervisor::{CpuIdentity, SystemCounter},
+};
+
+/// How long [`Machine::run_until`] gives devices to come to rest. A deterministic machine's devices
+/// work inside register accesses and need no time at all.
+const SETTLE: Duration = Duration::from_secs(10);
+/// A deadline so far away that it does not come.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// A machine. All methods may be called from any thread.
+pub struct Machine {
+    config: MachineConfig,
+    ram: GuestRam,
+    board: Arc<Board>,
+    devices: Vec<Part>,
+    counter: Arc<dyn SystemCounter>,
+    clock: Arc<dyn Clock>,
+    console: ConsoleInput,
+    threads: Vec<JoinHandle<()>>,
+    /// Held through each change of the run state.
+    control: Mutex<Control>,
+}
+
+struct Control {
+    paused: bool,
+}
+
+/// A device with the name of its section.
+struct Part {
+    instance: String,
+    device: Arc<dyn MachineDevice>,
+}
+
+impl Machine {
+    /// A paused machine whose first instruction is the kernel's. What the guest writes to its console
+    /// goes to `console`, from a vCPU's thread: while a write blocks, so does the guest.
+    pub fn boot(
+        config: MachineConfig,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        let machine = Self::assemble(config, console)?;
+        let entry = boot::load(&machine.config, &machine.ram)?;
+        if entry.page_size == boot::PageSize::Kib64 {
+            let backend = machine.config.backend;
+            return Err(MachineError::Granule { pages: entry.page_size, backend });
+        }
+        machine.on_vcpu(0, move |vcpu| vcpu.start(entry.pc, entry.fdt))??;
+        Ok(machine)
+    }
+
+    /// A paused machine that goes on where `sections` were saved. `fill` brings back the RAM. Every
+    /// section must have its place and every place its section.
+    pub fn restore<E>(
+        config: MachineConfig,
+        sections: Vec<Section>,
+        options: RestoreOptions,
+        console: Box<dyn Write + Send>,
+        fill: impl FnOnce(&GuestRam) -> Result<(), E>,
+    ) -> Result<Self, MachineError>
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let machine = Self::assemble(config, console)?;
+        let sections = machine.sort(sections)?;
+        fill(&machine.ram).map_err(|error| MachineError::Fill(error.into()))?;
+        machine.take_over(sections, options)?;
+        Ok(machine)
+    }
+
+    /// Lets a paused machine run. Idempotent.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut control = self.control.lock();
+        self.check_alive()?;
+        if control.paused {
+            self.wake(None)?;
+            control.paused = false;
+        }
+        Ok(())
+    }
+
+    /// Brings vCPUs, time and devices to rest within `deadline`. On an error the machine runs on.
+    /// Idempotent.
+    pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
+        let mut control = self.control.lock();
+        self.check_alive()?;
+        if control.paused {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let until = now.checked_add(deadline).unwrap_or_else(|| now + NEVER);
+        let closed = self.board.gate.close_until(until);
+        // It may have ended on its way to the gate.
+        self.check_alive()?;
+        closed.map_err(|vcpus| MachineError::VcpuDeadline { vcpus, deadline })?;
+        self.settle(until)?;
+        control.paused = true;
+        Ok(())
+    }
+
+    /// The state of a paused machine but for its memory: devices, interrupt chip, vCPUs, time. Two
+    /// calls in a row give equal sections, but for the wall clock's reading in the last one.
+    pub fn save(&self) -> Result<Vec<Section>, MachineError> {
+        let control = self.control.lock();
+        self.check_paused(&control, "save its state")?;
+        let mut sections = Vec::new();
+        for Part { instance, device } in &self.devices {
+            let name = || section_name(device.kind(), instance);
+            sections.push(device.save(instance).map_err(|source| state_error(name(), source))?);
+        }
+        let vm = &self.board.vm;
+        let chip = vm.save_irq_chip();
+        sections.push(chip.map_err(|source| state_error(vm.irq_chip_kind(), source))?);
+        sections.push(self.encode("0", "psci", || persist::save_section("0", &*self.board.psci))?);
+        for index in 0..self.config.vcpus {
+            let state = self.on_vcpu(index, |vcpu| vcpu.save())??;
+            sections.push(self.encode(&index.to_string(), "vcpu", || {
+                Section::encode(index.to_string(), &state)
+            })?);
+        }
+        let time = self.time();
+        sections.push(self.encode("0", "time", || Section::encode("0", &time))?);
+        Ok(sections)
+    }
+
+    /// Runs a paused deterministic machine until exactly `retired` instructions have been retired since
+    /// its boot, and pauses it there.
+    pub fn run_until(&self, retired: u64) -> Result<RunUntil, MachineError> {
+        let what = "run to an instruction count";
+        let control = self.control.lock();
+        if self.config.deterministic.is_none() {
+            return Err(MachineError::NotDeterministic { what });
+        }
+        self.check_paused(&control, what)?;
+        if self.on_vcpu(0, |vcpu| vcpu.retired())?.is_some_and(|now| now >= retired) {
+            return Ok(RunUntil::Reached);
+        }
+        self.wake(Some(retired))?;
+        let idle = self.board.gate.wait_parked();
+        self.settle(Instant::now() + SETTLE)?;
+        Ok(match self.board.gate.outcome() {
+            Some(outcome) => RunUntil::Ended(outcome),
+            None if idle => RunUntil::Idle,
+            None => RunUntil::Reached,
+        })
+    }
+
+    /// Instructions that each vCPU has retired since its boot, where the backend counts them. The
+    /// machine must be paused.
+    pub fn retired(&self) -> Result<Vec<Option<u64>>, MachineError> {
+        let control = self.control.lock();
+        self.check_paused(&control, "count its instructions")?;
+        (0..self.config.vcpus).map(|n| self.on_vcpu(n, |vcpu| vcpu.retired())).collect()
+    }
+
+    /// Ends the machine without asking the guest. Its outcome is [`Outcome::Stopped`], unless it had
+    /// ended before.
+    pub fn stop(&self) {
+        self.board.gate.end(Outcome::Stopped);
+    }
+
+    /// Waits until the machine ends.
+    pub fn wait(&self) -> Outcome {
+        loop {
+            // Without a deadline it only comes back with an outcome.
+            if let Some(outcome) = self.board.gate.wait_outcome(None) {
+                return outcome;
+            }
+        }
+    }
+
+    /// Waits until the machine ends, at most for `timeout`.
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<Outcome> {
+        self.board.gate.wait_outcome(Instant::now().checked_add(timeout))
+    }
+
+    /// Whether it runs.
+    pub fn state(&self) -> RunState {
+        match self.board.gate.outcome() {
+            Some(outcome) => RunState::Ended(outcome),
+            None if self.control.lock().paused => RunState::Paused,
+            None => RunState::Running,
+        }
+    }
+
+    /// What it is made of.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Its memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// What the guest sees of its CPUs.
+    pub fn cpu_identity(&self) -> CpuIdentity {
+        self.board.vm.identity()
+    }
+
+    /// When things first happened.
+    pub fn timings(&self) -> &Timings {
+        &self.board.timings
+    }
+
+    /// The way to the guest's console.
+    pub fn console_input(&self) -> ConsoleInput {
+        self.console.clone()
+    }
+
+    /// The time that this machine saves now.
+    pub fn time(&self) -> TimeState {
+        TimeState {
+            counter: self.counter.now(),
+            frequency: self.counter.frequency(),
+            wall_ns: self.clock.wall_ns(),
+        }
+    }
+
+    fn encode(
+        &self,
+        instance: &str,
+        kind: &str,
+        encode: impl FnOnce() -> Result<Section, PersistError>,
+    ) -> Result<Section, MachineError> {
+        encode().map_err(|source| state_error(section_name(kind, instance), source))
+    }
+
+    /// The third step of a pause, or everything wakes again.
+    fn settle(&self, until: Instant) -> Result<(), MachineError> {
+        self.counter.stop();
+        self.console.hold();
+        for part in &self.devices {
+            if let Err(error) = part.device.pause(until) {
+                // Resuming a device that was not paused does nothing. An outcome keeps the vCPUs parked.
+                let _ = self.wake(None);
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn wake(&self, limit: Option<u64>) -> Result<(), MachineError> {
+        for part in &self.devices {
+            part.device.resume();
+        }
+        self.console.release();
+        self.counter.start();
+        self.board.gate.open(limit).map_err(MachineError::Ended)
+    }
+
+    /// Carries out `work` on a parked vCPU's own thread.
+    fn on_vcpu<R: Send + 'static>(
+        &self,
+        index: u32,
+        work: impl FnOnce(&mut dyn crate::hypervisor::Vcpu) -> R + Send + 'static,
+    ) -> Result<R, MachineError> {
+        self.board.gate.on_vcpu(index, work).ok_or(MachineError::VcpuGone { vcpu: index })
+    }
+
+    fn check_alive(&self) -> Result<(), MachineError> {
+        match self.board.gate.outcome() {
+            Some(outcome) => Err(MachineError::Ended(outcome)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_paused(&self, control: &Control, what: &'static str) -> Result<(), MachineError> {
+        self.check_alive()?;
+        if control.paused { Ok(()) } else { Err(MachineError::NotPaused { what }) }
+    }
+}
+
+impl Drop for Machine {
+    /// Ends the vCPU threads and waits for them.
+    fn drop(&mut self) {
+        self.console.close();
+        self.board.gate.dismiss();
+        for thread in self.threads.drain(..) {
+            // A panic in it has been reported as the outcome.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn section_name(kind: &str, instance: &str) -> String {
+    format!("`{kind}` {instance}")
+}
+
+fn state_error(instance: impl Into<String>, source: PersistError) -> MachineError {
+    MachineError::State { instance: instance.into(), source }
+}
