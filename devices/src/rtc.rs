@@ -356,4 +356,15 @@ mod tests {
         assert_eq!(id(0xff0), 0xb105_f00d);
         assert_eq!(rtc.read(0xfe1, 4), 0);
     }
+
+    squib_formats::persist_contract! {
+        mod contract,
+        device: Rtc,
+        fresh: || at(1_000).1,
+        change: |rtc| {
+            for (offset, value) in [(reg::LR, 7), (reg::MR, 9), (reg::IMSC, 1), (reg::MR, 7)] {
+                rtc.write(offset, 4, value);
+            }
+        },
+    }
 }

@@ -127,4 +127,11 @@ mod tests {
         assert!(line.0.lock().is_empty());
         assert_eq!(save_section("0", &device).unwrap(), section);
     }
+
+    squib_formats::persist_contract! {
+        mod contract,
+        device: VmGenId,
+        fresh: || device().2,
+        change: |device| device.new_generation(*b"0123456789abcdef").unwrap(),
+    }
 }

@@ -698,3 +698,28 @@ proptest! {
         prop_assert_eq!((n.irq(), n.fiq()), (m.irq(), m.fiq()));
     }
 }
+
+squib_formats::persist_contract! {
+    mod contract,
+    device: Gic,
+    fresh: || Arc::into_inner(Gic::new(2, Arc::new(Lines::default()))).unwrap(),
+    change: |gic| {
+        let state = {
+            let m = Machine::new(2);
+            m.set_edge(SPI);
+            m.set_group_0(50);
+            m.set_priority(0, 60, 0x40);
+            m.route(60, affinity(1));
+            m.write(0, ICC_BPR0_EL1, 4);
+            m.write(0, ICC_BPR1_EL1, 5);
+            m.write(1, ICC_CTLR_EL1, 3);
+            IrqLine::new(m.gic.clone(), SPI).pulse();
+            m.gic.set_spi(50, true);
+            m.gic.set_ppi(1, CNTV_INTID, true);
+            assert_eq!(m.ack(1), CNTV_INTID);
+            m.write(1, ICC_SGI1R_EL1, 1 << 40 | 2 << 24);
+            m.gic.save()
+        };
+        gic.restore(state).unwrap();
+    },
+}

@@ -258,3 +258,22 @@ proptest! {
         prop_assert_eq!(save_section("0", &other.serial).unwrap(), section);
     }
 }
+
+squib_formats::persist_contract! {
+    mod contract,
+    device: Serial,
+    fresh: || Port::new().serial,
+    change: |serial| {
+        let writes = [
+            (reg::LCR, LCR_DLAB), (reg::DATA, 0x12), (reg::IER, 0x34), (reg::LCR, 3),
+            (reg::IIR_FCR, FCR_ENABLE | 2 << 6), (reg::IER, IER_MASK), (reg::SCR, 0x5a),
+            (reg::DATA, b'x'), (reg::MCR, MCR_LOOP | MCR_OUT2),
+        ];
+        for (offset, value) in writes {
+            serial.write(offset, 1, value.into());
+        }
+        for byte in 0..17 {
+            serial.write(reg::DATA, 1, byte);
+        }
+    },
+}
