@@ -14,4 +14,6 @@ pub mod map;
 pub mod memory;
 pub mod rtc;
 pub mod serial;
+pub mod token_bucket;
+pub mod virtio;
 pub mod vmgenid;

@@ -1,0 +1,243 @@
+//! What lies behind a block device: positioned I/O straight between a file and guest memory.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, FileTypeExt},
+    },
+    path::Path,
+};
+
+use rustix::fs::FlockOperation;
+use vm_memory::VolatileSlice;
+
+use super::{BlockError, SECTOR_SIZE};
+
+/// A backing store. Offsets and lengths are in bytes, and inside [`size`](Self::size).
+pub trait Disk: Send {
+    /// Size in bytes, a multiple of 512, fixed.
+    fn size(&self) -> u64;
+
+    /// Fills all of `into` with what lies at `offset`.
+    fn read_at(&self, offset: u64, into: &[VolatileSlice<'_>]) -> io::Result<()>;
+
+    /// Writes all of `from` to `offset`.
+    fn write_at(&self, offset: u64, from: &[VolatileSlice<'_>]) -> io::Result<()>;
+
+    /// Returns once everything that was written is on stable storage.
+    fn flush(&self) -> io::Result<()>;
+
+    /// A hint that the contents are not needed any more.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes the bytes read as zero; `may_unmap` allows a hole.
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+}
+
+/// A raw image file, or a block device of the host, locked against other users.
+#[derive(Debug)]
+pub struct FileDisk {
+    file: File,
+    size: u64,
+}
+
+/// Most pieces handed to one system call; IOV_MAX is at least 1024 where this runs.
+pub(super) const MAX_BATCH: usize = 64;
+
+impl FileDisk {
+    /// Opens and locks `path`: exclusively for writing, shared for reading only.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, BlockError> {
+        let failed = |source| BlockError::Open { path: path.into(), source };
+        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+        // Opening a FIFO would wait for its other end.
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(BlockError::NotADisk { path: path.into() });
+        }
+        let file = OpenOptions::new().read(true).write(!read_only).open(path);
+        Self::from_file(file.map_err(failed)?, path, read_only)
+    }
+
+    /// Locks `file`, which the caller has opened; `path` names it in errors.
+    pub fn from_file(mut file: File, path: &Path, read_only: bool) -> Result<Self, BlockError> {
+        let lock = if read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        match rustix::fs::flock(&file, lock) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(BlockError::InUse { path: path.into() });
+            }
+            Err(error) => {
+                return Err(BlockError::Lock { path: path.into(), source: error.into() });
+            }
+        }
+        // A block device has no length of its own in its metadata.
+        let size = file
+            .seek(SeekFrom::End(0))
+            .map_err(|source| BlockError::Open { path: path.into(), source })?;
+        if size == 0 || size % SECTOR_SIZE != 0 {
+            return Err(BlockError::Size { path: path.into(), size });
+        }
+        Ok(Self { file, size })
+    }
+
+    /// Writes zeros, where the file system knows no better way.
+    fn plain_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        static ZEROES: [u8; 0x1_0000] = [0; 0x1_0000];
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(ZEROES.len() as u64);
+            self.file.write_all_at(&ZEROES[..part as usize], offset + done)?;
+            done += part;
+        }
+        Ok(())
+    }
+}
+
+impl Disk for FileDisk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, into: &[VolatileSlice<'_>]) -> io::Result<()> {
+        transfer(into, offset, |iov, offset| {
+            // SAFETY: every entry of `iov` is a part of a VolatileSlice of `into`, whose memory
+            // stays mapped and writable while the slice lives; no reference to it is made, so the
+            // guest may touch it at the same time.
+            unsafe {
+                libc::preadv(self.file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int, offset)
+            }
+        })
+    }
+
+    fn write_at(&self, offset: u64, from: &[VolatileSlice<'_>]) -> io::Result<()> {
+        transfer(from, offset, |iov, offset| {
+            // SAFETY: as in `read_at`; the memory is only read.
+            unsafe {
+                libc::pwritev(self.file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int, offset)
+            }
+        })
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match sys::punch_hole(&self.file, offset, len) {
+            // The hint cannot be followed here.
+            Err(error) if unsupported(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let quick = if may_unmap {
+            sys::punch_hole(&self.file, offset, len)
+        } else {
+            sys::zero_range(&self.file, offset, len)
+        };
+        match quick {
+            Err(error) if unsupported(&error) => self.plain_zeroes(offset, len),
+            result => result,
+        }
+    }
+}
+
+/// Calls `call` until all of `slices` is moved to or from `offset`.
+fn transfer(
+    slices: &[VolatileSlice<'_>],
+    mut offset: u64,
+    call: impl Fn(&[libc::iovec], libc::off_t) -> libc::ssize_t,
+) -> io::Result<()> {
+    for batch in slices.chunks(MAX_BATCH) {
+        let mut iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_BATCH];
+        for (entry, slice) in iov.iter_mut().zip(batch) {
+            entry.iov_base = slice.ptr_guard_mut().as_ptr().cast();
+            entry.iov_len = slice.len();
+        }
+        let iov = &mut iov[..batch.len()];
+        // Up to here everything is done, or empty.
+        let mut first = 0;
+        while let Some(entry) = iov.get(first) {
+            if entry.iov_len == 0 {
+                first += 1;
+                continue;
+            }
+            let at = libc::off_t::try_from(offset)
+                .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+            let moved = match call(&iov[first..], at) {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                moved if moved > 0 => moved as usize,
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => continue,
+                    error => return Err(error),
+                },
+            };
+            offset += moved as u64;
+            let mut left = moved;
+            for entry in &mut iov[first..] {
+                let part = left.min(entry.iov_len);
+                entry.iov_base = entry.iov_base.wrapping_byte_add(part);
+                entry.iov_len -= part;
+                left -= part;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn unsupported(error: &io::Error) -> bool {
+    // EINVAL: F_PUNCHHOLE of a file system that wants another alignment.
+    matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput)
+}
+
+#[cfg(target_os = "linux")]
+mod sys {
+    use std::{fs::File, io};
+
+    use rustix::fs::{FallocateFlags, fallocate};
+
+    pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(file, flags, offset, len)?)
+    }
+
+    pub(super) fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(file, flags, offset, len)?)
+    }
+}
+
+#[cfg(target_os = "macos")]
+mod sys {
+    use std::{fs::File, io, os::fd::AsRawFd};
+
+    /// F_PUNCHHOLE wants both ends aligned to a block, at most this large.
+    const BLOCK: u64 = 4096;
+
+    pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        if offset % BLOCK != 0 || len % BLOCK != 0 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let hole = libc::fpunchhole_t {
+            fp_flags: 0,
+            reserved: 0,
+            fp_offset: offset as libc::off_t,
+            fp_length: len as libc::off_t,
+        };
+        // SAFETY: the descriptor is open, and `hole` is what F_PUNCHHOLE reads.
+        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_PUNCHHOLE, &raw const hole) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn zero_range(_: &File, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
