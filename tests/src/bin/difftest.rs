@@ -6,6 +6,7 @@ use anyhow::ensure;
 use clap::Parser;
 use squib_tests::difftest::classes::{self, CLASSES, Class};
 use squib_tests::difftest::compare::{self, Report};
+use squib_tests::difftest::record;
 use squib_tests::difftest::values::Rng;
 
 /// Compares the software CPU with qemu-aarch64, instruction by instruction.
@@ -25,6 +26,9 @@ struct Args {
     /// Run this instruction word only, with random operands.
     #[arg(long, value_parser = parse_word)]
     word: Option<u32>,
+    /// Print one vector of every instruction that both sides agree on, for a unit test.
+    #[arg(long)]
+    record: bool,
     /// Mismatches to print of each group.
     #[arg(long, default_value_t = 1)]
     show: usize,
@@ -60,6 +64,10 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut failed = 0;
     for class in &selected {
         let mut rng = Rng::new(args.seed);
+        if args.record {
+            record::record(class, args.count, &mut rng)?;
+            continue;
+        }
         let report = compare::run(&class.qemu(), class.key, args.count, |_| class.case(&mut rng))?;
         failed += print(class, &report, &args);
     }

@@ -27,6 +27,7 @@
 pub mod classes;
 pub mod compare;
 mod program;
+pub mod record;
 pub mod values;
 
 use std::io::Write as _;
