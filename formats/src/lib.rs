@@ -5,4 +5,14 @@
 pub mod codec;
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
+pub mod digest;
+pub mod error;
+pub mod header;
+pub mod image;
+pub mod manifest;
+pub mod names;
 pub mod persist;
+pub mod publish;
+pub mod sections;
+pub mod snapshot_dir;
+pub mod verify;

@@ -1,0 +1,171 @@
+//! The image digest of raw bytes that are not in a snapshot.
+
+use std::{fs::File, io::Read, path::Path};
+
+use super::{
+    CHUNK_SIZE, Content, Control, FileSource, Layout, Source, is_zero, write::run_in_order,
+    zero_digest,
+};
+use crate::{digest::Digest, error::FormatError};
+
+/// The digest of a raw image, with what it was made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageDigest {
+    /// The image digest.
+    pub digest: Digest,
+    /// Size of the raw image in bytes.
+    pub size: u64,
+    /// Bytes in chunks that are all zeros.
+    pub zero: u64,
+}
+
+/// The image digest of the raw file at `path`, on all cores; holes are not read.
+pub fn digest_file(path: &Path, control: Control<'_>) -> Result<ImageDigest, FormatError> {
+    let name = path.display().to_string();
+    let file = File::open(path).map_err(|error| FormatError::io(&name, "open", error))?;
+    let source = FileSource::new(file).map_err(|error| FormatError::io(&name, "read", error))?;
+    digest_source(&name, &source, control)
+}
+
+/// The image digest of what `source` holds, on all cores. `name` stands in errors.
+pub fn digest_source(
+    name: &str,
+    source: &dyn Source,
+    control: Control<'_>,
+) -> Result<ImageDigest, FormatError> {
+    let layout = Layout { size: source.size(), chunk_size: CHUNK_SIZE };
+    let zero = zero_digest(CHUNK_SIZE);
+    let mut hasher = ImageHasher::new();
+    let mut zeros = 0;
+    let new_worker = || Ok(vec![0; CHUNK_SIZE as usize]);
+    let work = |buffer: &mut Vec<u8>, chunk| {
+        Ok(match read_chunk(name, source, layout, chunk, buffer)? {
+            Content::Zero => zero,
+            Content::Data => Digest::of(buffer),
+        })
+    };
+    run_in_order(layout, control, new_worker, work, |chunk, digest| {
+        if digest == zero {
+            zeros += layout.len(chunk) as u64;
+        }
+        hasher.chunk(digest);
+        Ok(0)
+    })?;
+    Ok(ImageDigest { digest: hasher.finish(layout), size: layout.size, zero: zeros })
+}
+
+/// The image digest of everything that `reader` yields, in one pass. `name` stands in errors.
+pub fn digest_reader(name: &str, reader: &mut impl Read) -> Result<ImageDigest, FormatError> {
+    let mut hasher = ImageHasher::new();
+    let mut buffer = Vec::with_capacity(CHUNK_SIZE as usize);
+    let (mut size, mut zero) = (0, 0);
+    loop {
+        buffer.clear();
+        let mut part = (&mut *reader).take(CHUNK_SIZE.into());
+        let len = part.read_to_end(&mut buffer).map_err(|e| FormatError::io(name, "read", e))?;
+        if len == 0 {
+            break;
+        }
+        size += len as u64;
+        if is_zero(&buffer) {
+            zero += len as u64;
+        }
+        buffer.resize(CHUNK_SIZE as usize, 0);
+        hasher.chunk(Digest::of(&buffer));
+    }
+    Ok(ImageDigest { digest: hasher.finish(Layout { size, chunk_size: CHUNK_SIZE }), size, zero })
+}
+
+/// Reads the whole of `chunk` into `buffer`, continued with zeros behind the end of the image, and
+/// finds out whether it is zero. `buffer` holds the bytes only if it is not.
+pub(super) fn read_chunk(
+    name: &str,
+    source: &dyn Source,
+    layout: Layout,
+    chunk: u64,
+    buffer: &mut [u8],
+) -> Result<Content, FormatError> {
+    let (bytes, behind) = buffer.split_at_mut(layout.len(chunk));
+    behind.fill(0);
+    let read = source.read(layout.offset(chunk), bytes);
+    match read.map_err(|error| FormatError::io(name, "read", error))? {
+        Content::Data if is_zero(bytes) => Ok(Content::Zero),
+        content => Ok(content),
+    }
+}
+
+/// Puts an image digest together from the digests of its chunks.
+pub(super) struct ImageHasher(blake3::Hasher);
+
+impl ImageHasher {
+    pub(super) fn new() -> Self {
+        Self(blake3::Hasher::new())
+    }
+
+    /// The next chunk.
+    pub(super) fn chunk(&mut self, digest: Digest) {
+        self.0.update(&digest.0);
+    }
+
+    /// The image digest. Sizes stand behind the chunks, so that a pipe can be digested in one pass.
+    pub(super) fn finish(mut self, layout: Layout) -> Digest {
+        self.0.update(&layout.size.to_le_bytes());
+        self.0.update(&u64::from(layout.chunk_size).to_le_bytes());
+        self.0.finalize().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, SeekFrom, Write};
+
+    use super::*;
+    use crate::image::tests::Bytes;
+
+    #[test]
+    fn file_reader_and_memory_have_one_digest() {
+        for size in [0, 1, 65535, 65536, 65537, 3 << 20] {
+            let mut bytes = vec![0; size];
+            for (at, byte) in bytes.iter_mut().enumerate().skip(200_000) {
+                *byte = (at * 7 + at / 251) as u8;
+            }
+            if size == 1 {
+                bytes[0] = 1;
+            }
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(&bytes).unwrap();
+            let of_file = digest_file(file.path(), Control::default()).unwrap();
+            let of_reader = digest_reader("pipe", &mut &bytes[..]).unwrap();
+            let of_memory = digest_source("memory", &Bytes(bytes), Control::default()).unwrap();
+            assert_eq!(of_file, of_reader);
+            assert_eq!(of_file, of_memory);
+            assert_eq!(of_file.size, size as u64);
+        }
+    }
+
+    #[test]
+    fn holes_count_as_zeros() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(10 << 20).unwrap();
+        file.seek(SeekFrom::Start(5 << 20)).unwrap();
+        file.write_all(b"squib").unwrap();
+        let found = digest_file(file.path(), Control::default()).unwrap();
+        assert_eq!(found.zero, (10 << 20) - (64 << 10));
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert_eq!(found, digest_reader("pipe", &mut &bytes[..]).unwrap());
+    }
+
+    #[test]
+    fn size_and_every_byte_are_part_of_the_digest() {
+        let digest = |bytes: &[u8]| digest_reader("pipe", &mut { bytes }).unwrap().digest;
+        assert_ne!(digest(b""), digest(b"\0"));
+        assert_ne!(digest(&[0; 70_000]), digest(&[0; 70_001]));
+        assert_ne!(digest(&[1; 70_000]), digest(&[[1; 69_999].as_slice(), &[2]].concat()));
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let error = digest_file(Path::new("/no/such/disk"), Control::default()).unwrap_err();
+        assert!(error.to_string().starts_with("/no/such/disk: cannot open"), "{error}");
+    }
+}

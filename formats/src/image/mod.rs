@@ -1,0 +1,204 @@
+//! Chunked images: guest RAM and disks, as `NAME.idx` and `NAME.zst`.
+//!
+//! A raw image of any size is cut into chunks of one size, a power of two; the last chunk is
+//! continued with zeros. The index holds one fixed-size record a chunk, the data file one independent
+//! zstd frame for each different chunk that is not all zeros, in the order of their first use.
+//!
+//! The *image digest* is the blake3 of the blake3 of every chunk in order, followed by the raw size and
+//! the chunk size as u64. It depends on the raw bytes and the chunk size only.
+
+mod digest;
+mod index;
+mod read;
+mod source;
+mod write;
+
+use std::{
+    io,
+    num::NonZeroUsize,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+pub use digest::{ImageDigest, digest_file, digest_reader, digest_source};
+pub use index::{Index, RECORD_LEN, Record};
+pub use read::{ChunkReader, ImageReader, Loaded};
+pub use source::FileSource;
+pub use write::{WrittenImage, write_image};
+
+use crate::{digest::Digest, error::FormatError};
+
+/// Size of a chunk as this build writes it, in bytes.
+pub const CHUNK_SIZE: u32 = 64 << 10;
+/// Smallest chunk size that can be read: Apple's page.
+pub const MIN_CHUNK_SIZE: u32 = 16 << 10;
+/// Largest chunk size that can be read, in bytes.
+pub const MAX_CHUNK_SIZE: u32 = 4 << 20;
+/// Largest raw image, in bytes.
+pub const MAX_SIZE: u64 = 16 << 40;
+/// The zstd level of the frames.
+pub const LEVEL: i32 = 1;
+
+/// Chunks that a worker takes at once. Large enough for sequential I/O, small enough for all cores to
+/// finish together.
+const BATCH: u64 = 16;
+
+/// Where the raw bytes of an image come from. Called from many threads at once.
+pub trait Source: Sync {
+    /// Size of the raw image in bytes.
+    fn size(&self) -> u64;
+
+    /// Reads the bytes at `offset` into all of `into`, which lies inside the image; or answers
+    /// [`Content::Zero`] if they are known to be zero without reading, and leaves `into` as it is.
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content>;
+}
+
+/// What a [`Source`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// All bytes are zero; they have not been read.
+    Zero,
+    /// The bytes have been read.
+    Data,
+}
+
+/// Where the raw bytes of an image go. Called from many threads at once.
+pub trait Sink: Sync {
+    /// Whether every byte is zero before the first write, so that zero chunks need not be written.
+    fn is_zeroed(&self) -> bool;
+
+    /// Takes the verified `bytes` of one chunk, which belong at `offset` of the image.
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Told how far a long operation is.
+pub trait Progress: Sync {
+    /// `done` of `total` raw bytes are through; `stored` bytes have been written or read on disk for
+    /// them. Called from any thread, every few megabytes.
+    fn advanced(&self, done: u64, total: u64, stored: u64);
+}
+
+/// Progress that nobody looks at.
+impl Progress for () {
+    fn advanced(&self, _: u64, _: u64, _: u64) {}
+}
+
+/// How a long operation runs: threads, progress, and a way to stop it.
+#[derive(Clone, Copy)]
+pub struct Control<'a> {
+    /// Worker threads.
+    pub threads: NonZeroUsize,
+    /// Told how far it is.
+    pub progress: &'a dyn Progress,
+    /// Set by anyone to make the operation end with [`FormatError::Cancelled`].
+    pub cancel: &'a AtomicBool,
+}
+
+impl Default for Control<'_> {
+    /// All cores, no progress, never cancelled.
+    fn default() -> Self {
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        Self { threads, progress: &(), cancel: &NEVER }
+    }
+}
+
+impl Control<'_> {
+    /// The error of a cancelled operation if the caller asked to stop.
+    pub fn check(&self) -> Result<(), FormatError> {
+        match self.cancel.load(Ordering::Relaxed) {
+            true => Err(FormatError::Cancelled),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Whether `size` can be a chunk size: a power of two from [`MIN_CHUNK_SIZE`] to [`MAX_CHUNK_SIZE`].
+pub fn is_chunk_size(size: u32) -> bool {
+    size.is_power_of_two() && (MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&size)
+}
+
+/// Whether all bytes are zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // Wide blocks without an early exit inside them, so that the compiler uses vector registers.
+    let (blocks, rest) = bytes.as_chunks::<256>();
+    blocks.iter().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
+/// The digest of a chunk of `chunk_size` zeros.
+pub fn zero_digest(chunk_size: u32) -> Digest {
+    Digest::of(&vec![0; chunk_size as usize])
+}
+
+/// A place in the cut of an image into chunks.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    size: u64,
+    chunk_size: u32,
+}
+
+impl Layout {
+    fn chunks(self) -> u64 {
+        self.size.div_ceil(u64::from(self.chunk_size))
+    }
+
+    fn batches(self) -> u64 {
+        self.chunks().div_ceil(BATCH)
+    }
+
+    /// The chunks of a batch.
+    fn batch(self, batch: u64) -> std::ops::Range<u64> {
+        batch * BATCH..((batch + 1) * BATCH).min(self.chunks())
+    }
+
+    fn offset(self, chunk: u64) -> u64 {
+        chunk * u64::from(self.chunk_size)
+    }
+
+    /// Bytes of the raw image in a chunk: less than the chunk size in the last one.
+    fn len(self, chunk: u64) -> usize {
+        (self.size - self.offset(chunk)).min(u64::from(self.chunk_size)) as usize
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A source over bytes in memory.
+    pub(crate) struct Bytes(pub(crate) Vec<u8>);
+
+    impl Source for Bytes {
+        fn size(&self) -> u64 {
+            self.0.len() as u64
+        }
+
+        fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+            into.copy_from_slice(&self.0[offset as usize..][..into.len()]);
+            Ok(Content::Data)
+        }
+    }
+
+    #[test]
+    fn a_single_byte_anywhere_is_not_zero() {
+        for len in [0, 1, 255, 256, 257, 1000] {
+            let mut bytes = vec![0; len];
+            assert!(is_zero(&bytes), "{len}");
+            for at in 0..len {
+                bytes[at] = 0x80;
+                assert!(!is_zero(&bytes), "{at} of {len}");
+                bytes[at] = 0;
+            }
+        }
+    }
+
+    #[test]
+    fn chunk_sizes_are_powers_of_two_within_limits() {
+        for size in [0, 1, 4096, 8192, 65535, 65537, 8 << 20, u32::MAX] {
+            assert!(!is_chunk_size(size), "{size}");
+        }
+        for size in [16 << 10, 64 << 10, 4 << 20] {
+            assert!(is_chunk_size(size), "{size}");
+        }
+    }
+}

@@ -1,0 +1,317 @@
+//! Writing a snapshot so that it is there whole or not at all.
+//!
+//! Everything is written into a staging directory beside the place of the snapshot, every file is
+//! synced, then the directory takes its place in one rename and the parent is synced. A staging
+//! directory is locked while its writer lives; one that a killed writer left behind is removed by the
+//! next writer of a snapshot of the same name.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use rustix::{
+    fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags},
+    io::Errno,
+};
+
+use crate::{
+    digest::Digest,
+    error::FormatError,
+    header::{self, Header},
+    manifest::{self, FileRecord, Manifest},
+    names,
+};
+
+/// Bytes that are gathered before a write.
+const BUFFER: usize = 1 << 20;
+
+/// What to do with a snapshot that is there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Leave it, and refuse.
+    Refuse,
+    /// Replace it in one step once the new one is safe. Only a snapshot or an empty directory is
+    /// replaced, never anything else.
+    Replace,
+}
+
+/// A snapshot being written. Dropped without [`publish`](Self::publish) it leaves nothing behind.
+#[derive(Debug)]
+pub struct Staging {
+    target: PathBuf,
+    parent: PathBuf,
+    path: PathBuf,
+    existing: Existing,
+    /// The staging directory, locked.
+    dir: OwnedFd,
+    files: Vec<FileRecord>,
+    /// Bytes that may still be written, if there is a limit.
+    room: Option<Arc<AtomicU64>>,
+    published: bool,
+}
+
+impl Staging {
+    /// Begins a snapshot that will lie at `target`, in a directory that exists.
+    pub fn new(target: &Path, existing: Existing) -> Result<Self, FormatError> {
+        let Some(name) = target.file_name() else {
+            return Err(FormatError::Name { name: target.display().to_string() });
+        };
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        // The path without a trailing slash, with which a rename means something else.
+        let target = parent.join(name);
+        check_place(&target, existing)?;
+        let mut prefix = OsString::from(".");
+        prefix.push(name);
+        prefix.push(".partial-");
+        sweep(&parent, &prefix);
+        let (path, dir) = make_locked(&parent, &prefix)?;
+        let files = Vec::new();
+        Ok(Self { target, parent, path, existing, dir, files, room: None, published: false })
+    }
+
+    /// Lets the snapshot take at most `bytes`; more is answered as a full disk is.
+    pub fn limit(&mut self, bytes: u64) {
+        self.room = Some(Arc::new(AtomicU64::new(bytes)));
+    }
+
+    /// A new file in the snapshot.
+    pub fn create(&self, name: &str) -> Result<StagedFile, FormatError> {
+        names::check(name)?;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| FormatError::io(name, "create", error))?;
+        Ok(StagedFile {
+            name: name.to_owned(),
+            file: File::from(file),
+            buffer: Vec::with_capacity(BUFFER),
+            hasher: blake3::Hasher::new(),
+            length: 0,
+            room: self.room.clone(),
+        })
+    }
+
+    /// Ends a file: all bytes are on the disk, and the file is in the manifest's list.
+    pub fn finish(&mut self, file: StagedFile) -> Result<(), FormatError> {
+        self.files.push(file.finish()?);
+        Ok(())
+    }
+
+    /// Bytes of the files that are finished.
+    pub fn stored(&self) -> u64 {
+        self.files.iter().map(|file| file.length).sum()
+    }
+
+    /// Writes `manifest`, with the list of the finished files, and puts the snapshot in its place.
+    /// Answers the snapshot's id.
+    pub fn publish(mut self, mut manifest: Manifest) -> Result<Digest, FormatError> {
+        manifest.files = self.files.clone();
+        let body = manifest.encode()?;
+        if body.len() as u64 > header::MAX_BODY {
+            let why = format!("{} bytes, at most {} are allowed", body.len(), header::MAX_BODY);
+            return Err(FormatError::field(manifest::FILE, "body length", why));
+        }
+        let header = Header::new(header::ARCH_AARCH64, &body).encode();
+        let mut file = self.create(manifest::FILE)?;
+        file.write(&header)?;
+        file.write(&body)?;
+        file.finish()?;
+        self.put_in_place()?;
+        Ok(header::snapshot_id(&header, &body))
+    }
+
+    fn put_in_place(&mut self) -> Result<(), FormatError> {
+        let io = |action| {
+            let name = self.target.display().to_string();
+            move |error| FormatError::io(name, action, error)
+        };
+        rustix::fs::fsync(&self.dir).map_err(|error| io("sync")(error.into()))?;
+        check_place(&self.target, self.existing)?;
+        let replaces = fs::symlink_metadata(&self.target).is_ok();
+        let flags = match replaces {
+            true => RenameFlags::EXCHANGE,
+            false => RenameFlags::NOREPLACE,
+        };
+        let mut old = self.path.clone();
+        match rustix::fs::renameat_with(CWD, &self.path, CWD, &self.target, flags) {
+            Ok(()) => {}
+            Err(Errno::EXIST | Errno::NOTEMPTY) => {
+                return Err(FormatError::Exists { path: self.target.clone() });
+            }
+            // The file system has neither flag: the best that is left is two renames.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+                if replaces {
+                    old.as_mut_os_string().push("-old");
+                    fs::rename(&self.target, &old).map_err(io("replace"))?;
+                }
+                if let Err(error) = fs::rename(&self.path, &self.target) {
+                    if replaces {
+                        fs::rename(&old, &self.target).map_err(io("put back"))?;
+                    }
+                    return Err(io("rename into place")(error));
+                }
+            }
+            Err(error) => return Err(io("rename into place")(error.into())),
+        }
+        self.published = true;
+        File::open(&self.parent).and_then(|dir| dir.sync_all()).map_err(io("sync the place of"))?;
+        if replaces && let Err(error) = fs::remove_dir_all(&old) {
+            // The new snapshot is safe; the next writer to this place sweeps what is left of the old.
+            tracing::warn!("{}: cannot remove the replaced snapshot: {error}", old.display());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.published
+            && let Err(error) = fs::remove_dir_all(&self.path)
+        {
+            tracing::warn!("{}: cannot remove: {error}", self.path.display());
+        }
+    }
+}
+
+/// A file of a snapshot being written.
+#[derive(Debug)]
+pub struct StagedFile {
+    name: String,
+    file: File,
+    buffer: Vec<u8>,
+    hasher: blake3::Hasher,
+    length: u64,
+    room: Option<Arc<AtomicU64>>,
+}
+
+impl StagedFile {
+    /// Appends `bytes`.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
+        self.buffer.extend_from_slice(bytes);
+        self.length += bytes.len() as u64;
+        match self.buffer.len() < BUFFER {
+            true => Ok(()),
+            false => self.flush(),
+        }
+    }
+
+    /// Bytes appended so far.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    fn flush(&mut self) -> Result<(), FormatError> {
+        let io = |error| FormatError::io(&self.name, "write", error);
+        if let Some(room) = &self.room {
+            let need = self.buffer.len() as u64;
+            let take = |room: u64| room.checked_sub(need);
+            room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map_err(|room| {
+                let why = format!("{need} bytes more than the {room} left of the snapshot's limit");
+                io(io::Error::new(io::ErrorKind::StorageFull, why))
+            })?;
+        }
+        self.hasher.update(&self.buffer);
+        self.file.write_all(&self.buffer).map_err(io)?;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<FileRecord, FormatError> {
+        self.flush()?;
+        self.file.sync_all().map_err(|error| FormatError::io(&self.name, "sync", error))?;
+        let Self { name, length, hasher, .. } = self;
+        Ok(FileRecord { name, length, digest: hasher.finalize().into() })
+    }
+}
+
+/// Whether a snapshot may be put at `target`.
+fn check_place(target: &Path, existing: Existing) -> Result<(), FormatError> {
+    let io = |error| FormatError::io(target.display().to_string(), "look at", error);
+    let refused = |why: &str| {
+        let why = format!("{why}; it is not replaced");
+        Err(FormatError::NotASnapshot { path: target.to_owned(), why })
+    };
+    let kind = match fs::symlink_metadata(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(io)?.file_type(),
+    };
+    if existing == Existing::Refuse {
+        return Err(FormatError::Exists { path: target.to_owned() });
+    }
+    if !kind.is_dir() {
+        return refused("it is not a directory");
+    }
+    if fs::read_dir(target).map_err(io)?.next().is_none() {
+        return Ok(());
+    }
+    let mut magic = [0; header::MAGIC.len()];
+    let read = File::open(target.join(manifest::FILE)).and_then(|mut f| f.read_exact(&mut magic));
+    match read.is_ok() && magic == header::MAGIC {
+        true => Ok(()),
+        false => refused("it has files, but no squib manifest"),
+    }
+}
+
+/// Removes staging directories whose writers are gone. What cannot be removed does no harm.
+fn sweep(parent: &Path, prefix: &OsString) {
+    let Ok(entries) = fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if !name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
+            continue;
+        }
+        if let Ok(Some(_lock)) = open_locked(&entry.path())
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!("{}: cannot remove: {error}", entry.path().display());
+        }
+    }
+}
+
+/// Makes a directory of a new name, mode 0700, and locks it.
+fn make_locked(parent: &Path, prefix: &OsString) -> Result<(PathBuf, OwnedFd), FormatError> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let mut name = prefix.clone();
+        name.push(format!("{}-{count}", std::process::id()));
+        let path = parent.join(name);
+        let io = |error: Errno| FormatError::io(path.display().to_string(), "create", error);
+        match rustix::fs::mkdir(&path, Mode::RWXU) {
+            Err(Errno::EXIST) => continue,
+            made => made.map_err(io)?,
+        }
+        // A sweeper may have come between; then the directory is gone or going, and another is made.
+        match open_locked(&path) {
+            Ok(Some(dir)) if rustix::fs::fstat(&dir).is_ok_and(|stat| stat.st_nlink > 0) => {
+                return Ok((path, dir));
+            }
+            Ok(_) | Err(Errno::NOENT) => continue,
+            Err(error) => return Err(io(error)),
+        }
+    }
+}
+
+/// Opens and locks a directory; `None` if somebody else has the lock.
+fn open_locked(path: &Path) -> Result<Option<OwnedFd>, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(dir)),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

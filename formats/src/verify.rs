@@ -1,0 +1,103 @@
+//! Checking every byte of a snapshot.
+
+use std::{fmt, io::Read, path::Path};
+
+use crate::{
+    digest::Digest,
+    error::FormatError,
+    image::{Control, ImageReader, Loaded, Sink},
+    sections::Sections,
+    snapshot_dir::Snapshot,
+};
+
+/// What [`verify`] has checked.
+#[derive(Debug)]
+pub struct Verified {
+    /// The snapshot.
+    pub snapshot: Snapshot,
+    /// Each image's name, and what was read of it.
+    pub images: Vec<(String, Loaded)>,
+    /// Files in the directory that do not belong to the snapshot.
+    pub unlisted: Vec<String>,
+}
+
+/// Everything that is wrong with a snapshot; at least one thing, at most one a file and a chunk an image.
+#[derive(Debug)]
+pub struct Damage(pub Vec<FormatError>);
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, error) in self.0.iter().enumerate() {
+            write!(f, "{}{error}", if at == 0 { "" } else { "\n" })?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Damage {}
+
+/// Checks the snapshot at `path` whole: header, manifest, every file's digest, every section, every
+/// index record and every chunk.
+pub fn verify(path: &Path, control: Control<'_>) -> Result<Verified, Damage> {
+    let snapshot = Snapshot::open(path).map_err(|error| Damage(vec![error]))?;
+    let mut damage = Vec::new();
+    let mut images = Vec::new();
+    if let Err(error) = Sections::read(&snapshot) {
+        damage.push(error);
+    }
+    for record in &snapshot.manifest().images {
+        let loaded = ImageReader::open(&snapshot, &record.name)
+            .and_then(|image| image.load(&Nowhere, control));
+        match loaded {
+            Ok(loaded) => images.push((record.name.clone(), loaded)),
+            Err(error) => damage.push(error),
+        }
+    }
+    // What no record points at is found by the file's digest only. A file that has been named above
+    // is not named again.
+    for file in &snapshot.manifest().files {
+        let named = |error: &FormatError| error.file() == Some(&*file.name);
+        if !damage.iter().any(named)
+            && let Err(error) = check_file(&snapshot, &file.name, control)
+        {
+            damage.push(error);
+        }
+    }
+    let unlisted = snapshot.unlisted().unwrap_or_else(|error| {
+        damage.push(error);
+        Vec::new()
+    });
+    match damage.is_empty() {
+        true => Ok(Verified { snapshot, images, unlisted }),
+        false => Err(Damage(damage)),
+    }
+}
+
+fn check_file(snapshot: &Snapshot, name: &str, control: Control<'_>) -> Result<(), FormatError> {
+    let (mut file, record) = snapshot.open_file(name)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        control.check()?;
+        let len = file.read(&mut buffer).map_err(|error| FormatError::io(name, "read", error))?;
+        if len == 0 {
+            break;
+        }
+        hasher.update(&buffer[..len]);
+    }
+    let found: Digest = hasher.finalize().into();
+    record.check(found)
+}
+
+/// Takes chunks that only had to be verified.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn is_zeroed(&self) -> bool {
+        true
+    }
+
+    fn write(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,170 @@
+//! A small snapshot, made with the public interface only.
+
+use std::{
+    fs,
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use squib_formats::{
+    digest::Digest,
+    error::FormatError,
+    image::{Content, Control, Sink, Source, write_image},
+    manifest::{CpuIdentity, DiskRecord, DiskStorage, MachineInfo, Manifest},
+    persist::Section,
+    publish::{Existing, Staging},
+    sections::write_sections,
+};
+
+/// A source over bytes in memory.
+pub(crate) struct Bytes(pub(crate) Vec<u8>);
+
+impl Source for Bytes {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+        into.copy_from_slice(&self.0[offset as usize..][..into.len()]);
+        Ok(Content::Data)
+    }
+}
+
+/// A sink into bytes in memory.
+pub(crate) struct Target {
+    pub(crate) bytes: Mutex<Vec<u8>>,
+    pub(crate) zeroed: bool,
+}
+
+impl Target {
+    pub(crate) fn new(size: usize, fill: u8) -> Self {
+        Self { bytes: Mutex::new(vec![fill; size]), zeroed: fill == 0 }
+    }
+}
+
+impl Sink for Target {
+    fn is_zeroed(&self) -> bool {
+        self.zeroed
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut target = self.bytes.lock().unwrap();
+        let place = target.get_mut(offset as usize..offset as usize + bytes.len());
+        place.ok_or(ErrorKind::UnexpectedEof)?.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// RAM with zero chunks, equal chunks, chunks that compress well and one that does not.
+pub(crate) fn memory() -> Vec<u8> {
+    let mut bytes = vec![0u8; 16 << 16];
+    let mut noise = 0x9e37_79b9_7f4a_7c15u64;
+    for byte in &mut bytes[2 << 16..3 << 16] {
+        noise = noise.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        *byte = (noise >> 56) as u8;
+    }
+    bytes[5 << 16..6 << 16].fill(0x55);
+    bytes[9 << 16..10 << 16].fill(0x55);
+    for (at, byte) in bytes[11 << 16..12 << 16].iter_mut().enumerate() {
+        *byte = (at / 64) as u8;
+    }
+    bytes
+}
+
+/// A disk whose size is not a multiple of the chunk size.
+pub(crate) fn disk() -> Vec<u8> {
+    let mut bytes = vec![0; 100_352];
+    bytes[70_000..70_005].copy_from_slice(b"squib");
+    bytes
+}
+
+pub(crate) fn sections() -> Vec<Section> {
+    let section = |kind: &str, instance: &str, payload: &[u8]| Section {
+        kind: kind.into(),
+        instance: instance.into(),
+        version: 1,
+        payload: payload.into(),
+    };
+    vec![
+        section("serial", "0", &[1; 40]),
+        section("gic", "0", &[2; 300]),
+        section("vcpu", "0", &[3; 99]),
+        section("time", "0", &[]),
+    ]
+}
+
+/// Writes everything but the manifest.
+pub(crate) fn stage(staging: &mut Staging, control: Control<'_>) -> Result<Manifest, FormatError> {
+    let sections = write_sections(staging, &sections())?;
+    let memory = write_image(staging, "memory", &Bytes(memory()), control)?.record;
+    let disk = write_image(staging, "disk-root", &Bytes(disk()), control)?.record;
+    Ok(Manifest {
+        writer: "squib 0.3.0".into(),
+        host: "linux x86_64".into(),
+        created: 1_767_225_600_000_000_000,
+        parent: None,
+        machine: MachineInfo {
+            name: "golden".into(),
+            memory_size: memory.size,
+            vcpus: 1,
+            cmdline: "console=ttyS0".into(),
+            kernel: "Image".into(),
+            kernel_digest: None,
+            initrd: None,
+            disks: vec![
+                DiskRecord {
+                    id: "root".into(),
+                    path: "root.img".into(),
+                    size: disk.size,
+                    read_only: false,
+                    storage: DiskStorage::Captured,
+                    digest: disk.digest,
+                },
+                DiskRecord {
+                    id: "data".into(),
+                    path: "data.img".into(),
+                    size: 4096,
+                    read_only: true,
+                    storage: DiskStorage::Reference,
+                    digest: Digest([7; 32]),
+                },
+            ],
+            rng: true,
+            backend: "soft".into(),
+            deterministic: None,
+        },
+        cpu: CpuIdentity {
+            backend: "soft".into(),
+            id_registers: vec![(0xc000, 0x410f_d083), (0xc020, 0x11)],
+            counter_frequency: 62_500_000,
+        },
+        images: vec![memory, disk],
+        sections,
+        files: vec![],
+    })
+}
+
+/// Publishes the sample snapshot at `path`.
+pub(crate) fn publish(path: &Path) -> Digest {
+    let mut staging = Staging::new(path, Existing::Refuse).unwrap();
+    let manifest = stage(&mut staging, Control::default()).unwrap();
+    staging.publish(manifest).unwrap()
+}
+
+/// A fresh sample snapshot, and the folder that keeps it.
+pub(crate) fn fresh() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snap");
+    publish(&path);
+    (dir, path)
+}
+
+/// Names in a directory, sorted.
+pub(crate) fn names(path: &Path) -> Vec<String> {
+    let entries = fs::read_dir(path).unwrap();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}

@@ -1,0 +1,327 @@
+//! Damaged, swapped and malicious snapshots are refused by name, and nothing panics.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::common::{self, Target};
+use squib_formats::{
+    digest::Digest,
+    error::FormatError,
+    header::{self, Header},
+    image::{Control, ImageReader, RECORD_LEN},
+    manifest::Manifest,
+    sections::Sections,
+    snapshot_dir::Snapshot,
+    verify::verify,
+};
+
+const FILES: [&str; 6] =
+    ["disk-root.idx", "disk-root.zst", "manifest", "memory.idx", "memory.zst", "state"];
+
+/// What a restore does with a snapshot.
+fn restore(path: &Path) -> Result<(), FormatError> {
+    let snapshot = Snapshot::open(path)?;
+    drop(Sections::read(&snapshot)?);
+    for record in &snapshot.manifest().images {
+        let target = Target::new(record.size as usize, 0);
+        ImageReader::open(&snapshot, &record.name)?.load(&target, Control::default())?;
+    }
+    Ok(())
+}
+
+/// Runs `damage` on the bytes of a file, checks, and puts the file back.
+fn with_damage(path: &Path, name: &str, damage: impl Fn(&mut Vec<u8>), check: impl Fn()) {
+    let file = path.join(name);
+    let good = fs::read(&file).unwrap();
+    let mut bad = good.clone();
+    damage(&mut bad);
+    fs::write(&file, &bad).unwrap();
+    check();
+    fs::write(&file, &good).unwrap();
+}
+
+/// Rewrites the manifest as a malicious writer would: every digest in it is right.
+fn rewrite(path: &Path, change: impl Fn(&mut Manifest)) {
+    let mut manifest = Snapshot::open(path).unwrap().manifest().clone();
+    change(&mut manifest);
+    for file in &mut manifest.files {
+        let bytes = fs::read(path.join(&file.name)).unwrap();
+        (file.length, file.digest) = (bytes.len() as u64, Digest::of(&bytes));
+    }
+    let body = squib_formats::codec::encode("manifest", &manifest).unwrap();
+    let header = Header::new(header::ARCH_AARCH64, &body).encode();
+    fs::write(path.join("manifest"), [&header[..], &body].concat()).unwrap();
+}
+
+/// Puts `frame` in the place of a chunk's frame, at the end of the data file, as a malicious writer would.
+fn replace_frame(path: &Path, chunk: usize, frame: &[u8]) {
+    let mut data = fs::read(path.join("memory.zst")).unwrap();
+    let offset = data.len() as u64;
+    data.extend(frame);
+    fs::write(path.join("memory.zst"), data).unwrap();
+    let mut index = fs::read(path.join("memory.idx")).unwrap();
+    let record = &mut index[chunk * RECORD_LEN..][..RECORD_LEN];
+    record[4..8].copy_from_slice(&(frame.len() as u32).to_le_bytes());
+    record[8..16].copy_from_slice(&offset.to_le_bytes());
+    fs::write(path.join("memory.idx"), index).unwrap();
+    rewrite(path, |_| ());
+}
+
+#[test]
+fn every_file_of_the_sample_is_damaged_below() {
+    let (_keep, path) = common::fresh();
+    assert_eq!(common::names(&path), FILES);
+}
+
+#[test]
+fn a_flipped_bit_in_any_file_is_named_with_both_digests() {
+    let (_keep, path) = common::fresh();
+    for name in FILES {
+        let len = fs::metadata(path.join(name)).unwrap().len() as usize;
+        // All of the small files, a sample of the rest.
+        for at in (0..len).step_by(len.div_ceil(400) | 1) {
+            let flip = |bytes: &mut Vec<u8>| bytes[at] ^= 1 << (at % 8);
+            with_damage(&path, name, flip, || {
+                let damage = verify(&path, Control::default()).expect_err("damaged");
+                let text = damage.to_string();
+                assert!(text.contains(name), "byte {at} of {name}: {text}");
+                let digests = damage.0.iter().any(|e| matches!(e, FormatError::Digest { .. }));
+                let header = name == "manifest" && at < header::LEN;
+                assert!(digests || header || name.ends_with(".zst"), "byte {at} of {name}: {text}");
+                if !name.ends_with(".zst") {
+                    restore(&path).expect_err("damaged");
+                }
+            });
+        }
+    }
+    verify(&path, Control::default()).unwrap();
+}
+
+#[test]
+fn a_file_cut_anywhere_is_named() {
+    let (_keep, path) = common::fresh();
+    for name in FILES {
+        let len = fs::metadata(path.join(name)).unwrap().len() as usize;
+        for keep in (0..len).step_by(len.div_ceil(200)) {
+            with_damage(
+                &path,
+                name,
+                |bytes| bytes.truncate(keep),
+                || {
+                    let text = restore(&path).expect_err("cut").to_string();
+                    assert!(text.contains(name), "{name} cut to {keep}: {text}");
+                    verify(&path, Control::default()).expect_err("cut");
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn bytes_behind_the_end_of_a_file_are_found() {
+    let (_keep, path) = common::fresh();
+    for name in FILES {
+        with_damage(
+            &path,
+            name,
+            |bytes| bytes.push(0),
+            || assert!(restore(&path).unwrap_err().to_string().contains(name)),
+        );
+    }
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let (_keep, path) = common::fresh();
+    for name in FILES {
+        let aside = path.with_extension(name);
+        fs::rename(path.join(name), &aside).unwrap();
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.contains(name), "{name}: {text}");
+        fs::rename(&aside, path.join(name)).unwrap();
+    }
+}
+
+#[test]
+fn swapped_files_are_found() {
+    let (_keep, path) = common::fresh();
+    for (a, b) in [("memory.zst", "disk-root.zst"), ("memory.idx", "disk-root.idx")] {
+        let aside = path.with_extension("aside");
+        let swap = || {
+            fs::rename(path.join(a), &aside).unwrap();
+            fs::rename(path.join(b), path.join(a)).unwrap();
+            fs::rename(&aside, path.join(b)).unwrap();
+        };
+        swap();
+        restore(&path).expect_err("swapped");
+        let named = verify(&path, Control::default()).expect_err("swapped").to_string();
+        assert!(named.contains(a) && named.contains(b), "{named}");
+        swap();
+    }
+}
+
+#[test]
+fn a_damaged_chunk_is_named_by_number_the_lowest_first() {
+    let (_keep, path) = common::fresh();
+    let snapshot = Snapshot::open(&path).unwrap();
+    let len = fs::metadata(path.join("memory.zst")).unwrap().len() as usize;
+    // The noise of chunk 2 fills nearly all of the file and is stored as it is.
+    with_damage(
+        &path,
+        "memory.zst",
+        |bytes| {
+            bytes[1000] ^= 1;
+            bytes[len - 20..].fill(0);
+        },
+        || {
+            let image = ImageReader::open(&snapshot, "memory").unwrap();
+            let target = Target::new(16 << 16, 0);
+            for _ in 0..20 {
+                let error = image.load(&target, Control::default()).unwrap_err();
+                let FormatError::Digest { file, what, expected, found } = error else {
+                    panic!("{error}");
+                };
+                assert_eq!((&*file, &*what), ("memory.zst", "chunk 2"));
+                assert_eq!(expected, Digest::of(&common::memory()[2 << 16..3 << 16]));
+                assert_ne!(found, expected);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_frame_that_decompresses_to_more_or_less_than_a_chunk_is_refused() {
+    let chunk = vec![0x55; 1 << 16];
+    let compress = |bytes: &[u8]| zstd::bulk::compress(bytes, 1).unwrap();
+    let bomb = compress(&vec![0; 1 << 30]);
+    let two = [compress(&chunk), compress(&chunk)].concat();
+    let skippable = [&compress(&chunk)[..], &[0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 9]].concat();
+    let streamed = zstd::encode_all(&vec![0x55; 1 << 20][..], 1).unwrap();
+    let cases: [(&str, &[u8]); 7] = [
+        ("does not decompress to the chunk size", &bomb),
+        ("does not decompress to the chunk size", &streamed),
+        ("65535 bytes decompressed", &compress(&chunk[1..])),
+        ("0 bytes decompressed", &compress(&[])),
+        ("the frame ends after", &two),
+        ("the frame ends after", &skippable),
+        ("does not decompress", b"not a frame"),
+    ];
+    for (expected, frame) in cases {
+        let (_keep, path) = common::fresh();
+        replace_frame(&path, 5, frame);
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.starts_with("memory.zst: chunk 5: "), "{text}");
+        assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+    }
+}
+
+#[test]
+fn bytes_behind_the_end_of_an_image_are_refused() {
+    let (_keep, path) = common::fresh();
+    let mut chunk = common::disk()[1 << 16..].to_vec();
+    chunk.resize(1 << 16, 0xff);
+    let frame = zstd::bulk::compress(&chunk, 1).unwrap();
+    fs::write(path.join("disk-root.zst"), &frame).unwrap();
+    let mut index = fs::read(path.join("disk-root.idx")).unwrap();
+    let record = &mut index[RECORD_LEN..];
+    record[4..8].copy_from_slice(&(frame.len() as u32).to_le_bytes());
+    record[16..48].copy_from_slice(&Digest::of(&chunk).0);
+    let digests = [&index[16..48], &index[RECORD_LEN + 16..][..32]].concat();
+    let sizes = [100_352u64.to_le_bytes(), 65_536u64.to_le_bytes()].concat();
+    let digest = Digest::of(&[digests, sizes].concat());
+    fs::write(path.join("disk-root.idx"), index).unwrap();
+    rewrite(&path, |manifest| {
+        manifest.images[1].digest = digest;
+        manifest.machine.disks[0].digest = digest;
+    });
+    let text = restore(&path).unwrap_err().to_string();
+    assert_eq!(text, "disk-root.zst: chunk 1: bytes behind the end of the image are not zero");
+}
+
+#[test]
+fn differential_records_are_named_as_not_supported() {
+    for (kind, name) in [(2, "patch"), (3, "parent")] {
+        let (_keep, path) = common::fresh();
+        let mut index = fs::read(path.join("memory.idx")).unwrap();
+        index[5 * RECORD_LEN] = kind;
+        fs::write(path.join("memory.idx"), index).unwrap();
+        rewrite(&path, |_| ());
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.contains(&format!("memory.idx: chunk 5 is a {name} record")), "{text}");
+    }
+}
+
+#[test]
+fn a_manifest_with_right_digests_and_wrong_values_is_refused() {
+    type Change = fn(&mut Manifest);
+    let cases: [(&str, Change); 4] = [
+        ("memory.idx", |m| {
+            m.images[0].size = 1 << 43;
+            m.machine.memory_size = 1 << 43;
+        }),
+        ("image memory: chunk size", |m| m.images[0].chunk_size = 1 << 30),
+        ("section 0: length", |m| m.sections[0].length = 1 << 40),
+        ("image digest", |m| m.images[0].digest = Digest([1; 32])),
+    ];
+    for (expected, change) in cases {
+        let (_keep, path) = common::fresh();
+        rewrite(&path, change);
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+    }
+}
+
+#[test]
+fn links_and_special_files_in_the_place_of_a_file_are_refused() {
+    for name in FILES {
+        let (_keep, path) = common::fresh();
+        let aside = path.with_extension("aside");
+        fs::rename(path.join(name), &aside).unwrap();
+        symlink(&aside, path.join(name)).unwrap();
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.contains("symbolic link"), "{name}: {text}");
+
+        fs::remove_file(path.join(name)).unwrap();
+        fs::create_dir(path.join(name)).unwrap();
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.contains("instead of a regular file"), "{name}: {text}");
+
+        fs::remove_dir(path.join(name)).unwrap();
+        assert!(Command::new("mkfifo").arg(path.join(name)).status().unwrap().success());
+        let text = restore(&path).unwrap_err().to_string();
+        assert!(text.contains("instead of a regular file"), "{name}: {text}");
+    }
+}
+
+#[test]
+fn what_is_not_a_snapshot_is_said_to_be_none() {
+    let dir = tempfile::tempdir().unwrap();
+    type Make = fn(&PathBuf);
+    let cases: [(&str, Make); 4] = [
+        ("cannot open", |_| ()),
+        ("not a directory", |path| fs::write(path, "x").unwrap()),
+        ("has no manifest", |path| fs::create_dir(path).unwrap()),
+        ("shorter than a header", |path| {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("manifest"), "x").unwrap();
+        }),
+    ];
+    for (at, (expected, make)) in cases.into_iter().enumerate() {
+        let path = dir.path().join(at.to_string());
+        make(&path);
+        let text = Snapshot::open(&path).unwrap_err().to_string();
+        assert!(text.contains(expected) && text.contains(path.to_str().unwrap()), "{text}");
+    }
+}
+
+#[test]
+fn files_that_do_not_belong_are_told_but_do_no_harm() {
+    let (_keep, path) = common::fresh();
+    fs::write(path.join("notes"), "x").unwrap();
+    fs::write(path.join("working-set"), "x").unwrap();
+    assert_eq!(verify(&path, Control::default()).unwrap().unlisted, ["notes"]);
+}

@@ -1,0 +1,135 @@
+//! A snapshot is there whole or not at all.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+};
+
+use crate::common;
+use squib_formats::{
+    error::FormatError,
+    image::Control,
+    publish::{Existing, Staging},
+    snapshot_dir::Snapshot,
+    verify::verify,
+};
+
+#[test]
+fn what_is_dropped_before_it_is_published_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut staging = Staging::new(&dir.path().join("snap"), Existing::Refuse).unwrap();
+    common::stage(&mut staging, Control::default()).unwrap();
+    assert_eq!(common::names(dir.path()).len(), 1);
+    drop(staging);
+    assert_eq!(common::names(dir.path()), [""; 0]);
+}
+
+#[test]
+fn a_published_snapshot_is_private_and_alone() {
+    let (keep, path) = common::fresh();
+    assert_eq!(common::names(keep.path()), ["snap"]);
+    let mode = |path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(path.clone()), 0o700);
+    for name in common::names(&path) {
+        assert_eq!(mode(path.join(&name)), 0o600, "{name}");
+    }
+}
+
+#[test]
+fn an_existing_place_is_refused_before_anything_is_written_and_at_the_end() {
+    let (keep, path) = common::fresh();
+    let early = Staging::new(&path, Existing::Refuse).unwrap_err();
+    assert!(matches!(early, FormatError::Exists { path: found } if found == path));
+
+    let late = keep.path().join("late");
+    let mut staging = Staging::new(&late, Existing::Refuse).unwrap();
+    let manifest = common::stage(&mut staging, Control::default()).unwrap();
+    fs::create_dir(&late).unwrap();
+    fs::write(late.join("precious"), "x").unwrap();
+    let error = staging.publish(manifest).unwrap_err();
+    assert!(matches!(error, FormatError::Exists { .. }), "{error}");
+    assert_eq!(common::names(&late), ["precious"]);
+    assert_eq!(common::names(keep.path()), ["late", "snap"]);
+}
+
+#[test]
+fn a_snapshot_is_replaced_whole_on_demand() {
+    let (keep, path) = common::fresh();
+    let old = Snapshot::open(&path).unwrap();
+    let mut staging = Staging::new(&path, Existing::Replace).unwrap();
+    let mut manifest = common::stage(&mut staging, Control::default()).unwrap();
+    manifest.machine.name = "new".into();
+    assert_eq!(Snapshot::open(&path).unwrap().id(), old.id(), "the old one is there to the end");
+    let id = staging.publish(manifest).unwrap();
+    let new = verify(&path, Control::default()).unwrap().snapshot;
+    assert_eq!((new.id(), &*new.manifest().machine.name), (id, "new"));
+    assert_eq!(common::names(keep.path()), ["snap"]);
+}
+
+#[test]
+fn only_a_snapshot_or_an_empty_directory_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path().join("home");
+    fs::create_dir(&home).unwrap();
+    fs::write(home.join("precious"), "x").unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let link = dir.path().join("link");
+    symlink(&home, &link).unwrap();
+    for path in [&home, &file, &link] {
+        let error = Staging::new(path, Existing::Replace).unwrap_err();
+        assert!(matches!(error, FormatError::NotASnapshot { .. }), "{error}");
+    }
+    let empty = dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let mut staging = Staging::new(&empty, Existing::Replace).unwrap();
+    let manifest = common::stage(&mut staging, Control::default()).unwrap();
+    staging.publish(manifest).unwrap();
+    assert_eq!(common::names(dir.path()), ["empty", "file", "home", "link"]);
+}
+
+#[test]
+fn a_full_disk_is_named_and_leaves_nothing() {
+    let (keep, whole) = common::fresh();
+    let total: u64 = common::names(&whole)
+        .iter()
+        .map(|name| fs::metadata(whole.join(name)).unwrap().len())
+        .sum();
+    for limit in [0, 100, 440, 1200, 66_000, total - 1] {
+        let path = keep.path().join("snap2");
+        let mut staging = Staging::new(&path, Existing::Refuse).unwrap();
+        staging.limit(limit);
+        let result = common::stage(&mut staging, Control::default());
+        let error = result.and_then(|manifest| staging.publish(manifest)).unwrap_err();
+        assert!(matches!(error, FormatError::NoRoom { .. }), "{limit}: {error}");
+        assert_eq!(common::names(keep.path()), ["snap"]);
+    }
+    let mut staging = Staging::new(&keep.path().join("snap2"), Existing::Refuse).unwrap();
+    staging.limit(total);
+    let manifest = common::stage(&mut staging, Control::default()).unwrap();
+    staging.publish(manifest).unwrap();
+}
+
+#[test]
+fn what_a_killed_writer_left_is_swept_and_what_a_living_one_has_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snap");
+    let left = dir.path().join(".snap.partial-1-0");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("memory.zst"), "x").unwrap();
+    fs::create_dir(dir.path().join(".snapshot.partial-1-0")).unwrap();
+    let first = Staging::new(&path, Existing::Refuse).unwrap();
+    assert!(!left.exists());
+    let mut second = Staging::new(&path, Existing::Refuse).unwrap();
+    let manifest = common::stage(&mut second, Control::default()).unwrap();
+    drop(first);
+    second.publish(manifest).unwrap();
+    assert_eq!(common::names(dir.path()), [".snapshot.partial-1-0", "snap"]);
+}
+
+#[test]
+fn places_without_a_name_or_a_parent_are_refused() {
+    for path in ["/", "..", "", "/no/such/place/snap"] {
+        Staging::new(path.as_ref(), Existing::Refuse).unwrap_err();
+    }
+}
