@@ -36,7 +36,7 @@ fn reduced(mut case: Case) -> Case {
     let n = case.insn >> 5 & 31;
     let table = case.insn & 0xBF20_8C00 == 0x0E00_0000;
     let last = if table { 3 } else { 0 };
-    let mut named: BTreeSet<_> = (0..=last).map(|i| n + i & 31).collect();
+    let mut named: BTreeSet<_> = (0..=last).map(|i| (n + i) & 31).collect();
     named.extend([case.insn & 31, case.insn >> 16 & 31]);
     let full = case.state;
     case.state = State { fpsr: full.fpsr & 1 << 27, ..State::default() };

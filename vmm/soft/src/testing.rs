@@ -4,7 +4,7 @@ use crate::regs::{Regs, SP};
 use crate::simd;
 
 /// What an EL0 program sees of a CPU, without memory and PC.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     /// X0 to X30.
     pub x: [u64; 31],
@@ -18,12 +18,6 @@ pub struct State {
     pub fpsr: u32,
     /// V0 to V31.
     pub v: [u128; 32],
-}
-
-impl Default for State {
-    fn default() -> Self {
-        Self { x: [0; 31], sp: 0, nzcv: 0, fpcr: 0, fpsr: 0, v: [0; 32] }
-    }
 }
 
 impl State {
