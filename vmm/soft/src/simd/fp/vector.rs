@@ -1,7 +1,7 @@
 //! Advanced SIMD floating point, and the scalar forms in the Advanced SIMD encodings.
 
 use super::DataFn;
-use super::host::{self, Host};
+use super::host::Host;
 use super::ops::{self, Binary, Ternary, Unary, sign_extend};
 use super::softfloat::{self as soft, Double, Env, Format, Half, Rounding, Single};
 use super::{rd, rm, rn, scalar, set_scalar};
