@@ -30,6 +30,13 @@ impl Seeds {
         self.fill(&mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
     }
+
+    /// A generation id.
+    pub(crate) fn id(&mut self) -> Result<[u8; 16], getrandom::Error> {
+        let mut id = [0; 16];
+        self.fill(&mut id)?;
+        Ok(id)
+    }
 }
 
 /// Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
