@@ -31,7 +31,7 @@ use crate::{
     config::MachineConfig,
     hypervisor::{self, SystemCounter, VcpuState, Vm},
     psci::{Psci, PsciState},
-    seed::Seeds,
+    seed::{Lane, Seeds},
 };
 
 /// Sections by kind and instance.
@@ -220,8 +220,7 @@ impl Machine {
     /// Gives a machine that boots its generation id.
     pub(super) fn first_identity(&self) -> Result<(), MachineError> {
         let id = match self.config.deterministic {
-            // Another stream than the device tree's.
-            Some(deterministic) => Seeds::Stream(!deterministic.seed),
+            Some(deterministic) => Seeds::stream(deterministic.seed, Lane::Generation),
             None => Seeds::Host,
         }
         .id()?;

@@ -11,6 +11,12 @@ use squib_devices::{
     memory::GuestRam,
     rtc::Rtc,
     serial::Serial,
+    virtio::{
+        VirtioDevice,
+        block::{Block, BlockConfig, Execution},
+        mmio::VirtioMmio,
+        rng::{Entropy, Rng},
+    },
     vmgenid::VmGenId,
 };
 
@@ -19,7 +25,10 @@ use super::{
     console::{Feed, Output, OutputEnd},
     types::MachineError,
 };
-use crate::config::MachineConfig;
+use crate::{
+    config::{MachineConfig, RNG_ID},
+    seed::{Lane, Seeds},
+};
 
 /// Takes bytes for the guest and says how many.
 pub(super) type Offer = Box<dyn Fn(&[u8]) -> usize + Send>;
@@ -43,6 +52,20 @@ impl Host<'_> {
     fn line(&self, intid: u32) -> IrqLine {
         IrqLine::new(Arc::clone(&self.irq), intid)
     }
+
+    /// `device` behind the transport of `slot`, which the configuration keeps below
+    /// [`map::VIRTIO_SLOTS`].
+    fn virtio<D: VirtioDevice + 'static>(
+        &self,
+        slot: u32,
+        instance: &str,
+        device: D,
+    ) -> (Range, Part) {
+        let base = map::VIRTIO.base + u64::from(slot) * map::VIRTIO_STRIDE;
+        let line = self.line(map::VIRTIO_INTID + slot);
+        let transport = VirtioMmio::new(device, self.ram.clone(), line);
+        part(Range { base, size: map::VIRTIO_STRIDE }, instance, Arc::new(Mutex::new(transport)))
+    }
 }
 
 /// Builds the devices of `config` in their reset state.
@@ -61,8 +84,32 @@ pub(super) fn build(
     let rtc = Mutex::new(Rtc::new(host.line(map::RTC_INTID), Arc::clone(host.clock)));
     let generation = VmGenId::new(host.ram.clone(), host.line(map::VMGENID_INTID));
 
-    let parts = vec![part(map::SERIAL, "0", serial), part(map::RTC, "0", Arc::new(rtc))];
-    let _ = config;
+    let mut parts = vec![part(map::SERIAL, "0", serial), part(map::RTC, "0", Arc::new(rtc))];
+    for (slot, disk) in (0..).zip(&config.disks) {
+        let settings = BlockConfig {
+            id: disk.id.clone(),
+            path: disk.path.clone(),
+            read_only: disk.read_only,
+            rate_limiter: None,
+        };
+        let execution = match config.deterministic {
+            Some(_) => Execution::Inline,
+            None => Execution::Worker,
+        };
+        let block = Block::open(&settings, execution, Arc::clone(host.clock))?;
+        parts.push(host.virtio(slot, &disk.id, block));
+    }
+    if config.rng {
+        let entropy = match config.deterministic {
+            Some(deterministic) => {
+                let mut seed = [0; 32];
+                Seeds::stream(deterministic.seed, Lane::VirtioRng).fill(&mut seed)?;
+                Entropy::seeded(seed)
+            }
+            None => Entropy::Os,
+        };
+        parts.push(host.virtio(config.disks.len() as u32, RNG_ID, Rng::new(entropy)));
+    }
     Ok(Built {
         parts,
         generation: Arc::new(Mutex::new(generation)),

@@ -23,6 +23,8 @@ mod build;
 mod console;
 mod devices;
 mod gate;
+#[cfg(test)]
+mod tests;
 mod types;
 mod vcpu;
 
