@@ -133,12 +133,6 @@ pub(crate) trait Format: Copy + 'static {
         bits & (Self::SIGN - 1) == 0
     }
 
-    /// Neither zero nor normal, but finite.
-    #[inline(always)]
-    fn is_denormal(bits: u64) -> bool {
-        (bits & (Self::SIGN - 1)).wrapping_sub(1) < Self::FRAC_MASK
-    }
-
     #[inline(always)]
     fn zero(sign: bool) -> u64 {
         if sign { Self::SIGN } else { 0 }
