@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use clap::Parser;
+use squib_soft::testing::State;
 use squib_tests::difftest::classes::{self, CLASSES, Class};
 use squib_tests::difftest::compare::{self, Report};
 use squib_tests::difftest::record;
@@ -86,17 +87,18 @@ fn draw(class: &Class, args: &Args, rng: &mut Rng) -> Case {
     /// A class without a single allocated word must end as well.
     const TRIES: usize = 10_000;
     let mut case = class.case(rng);
-    for _ in 0..TRIES {
-        if !args.allocated || compare::execute(&case).end != End::UNDEFINED {
-            break;
+    if args.allocated {
+        let mut probe = Case { insn: case.insn, state: State::default(), memory: Vec::new() };
+        for _ in 0..TRIES {
+            if compare::execute(&probe).end != End::UNDEFINED {
+                break;
+            }
+            probe.insn = rng.next_u32() & !class.mask | class.bits;
         }
-        case = class.case(rng);
+        case.insn = probe.insn;
     }
     if args.float {
-        let width = [16, 32, 32, 64, 64][rng.below(5) as usize];
-        for v in &mut case.state.v {
-            *v = values::vector(rng, width, true);
-        }
+        values::floats(rng, case.insn, &mut case.state);
     }
     case
 }
