@@ -106,21 +106,23 @@ impl Machine {
         Ok(machine)
     }
 
-    /// A paused machine that goes on where `sections` were saved. `fill` brings back the RAM. Every
+    /// A paused machine that goes on where `sections` were saved. `fill` looks at what the guest will see
+    /// of its CPUs and brings back the RAM, which is all zeros but for the system area. Every
     /// section must have its place and every place its section.
     pub fn restore<E>(
         config: MachineConfig,
         sections: Vec<Section>,
         options: RestoreOptions,
         console: Box<dyn Write + Send>,
-        fill: impl FnOnce(&GuestRam) -> Result<(), E>,
+        fill: impl FnOnce(&GuestRam, &CpuIdentity) -> Result<(), E>,
     ) -> Result<Self, MachineError>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let machine = Self::assemble(config, console)?;
         let sections = machine.sort(sections)?;
-        fill(&machine.ram).map_err(|error| MachineError::Fill(error.into()))?;
+        fill(&machine.ram, &machine.cpu_identity())
+            .map_err(|error| MachineError::Fill(error.into()))?;
         machine.take_over(sections, options)?;
         Ok(machine)
     }
