@@ -1,5 +1,5 @@
 //! The `squib` command.
-fn main() {
-    let options = squib::kit::FetchOptions { rootfs: true, ..Default::default() };
-    println!("{:?}", squib::kit::Kit::fetch(&options, &|what| eprintln!("{what}")));
+
+fn main() -> std::process::ExitCode {
+    squib::main()
 }

@@ -2,4 +2,3 @@
 //! What the end-to-end tests and the bench-side tools share.
 
 pub mod difftest;
-pub mod tiny;

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     io::Write,
     sync::{Arc, mpsc},
-    thread::{self, JoinHandle},
+    thread,
 };
 
 use parking_lot::Mutex;
@@ -13,25 +13,22 @@ use squib_devices::{
     clock::{Clock, HostClock},
     map::{self, Range},
     memory::GuestRam,
-    vmgenid::VmGenIdState,
 };
-use squib_formats::persist::{self, PersistError, Section, Versioned};
+use squib_formats::persist::{PersistError, Section, Versioned};
 
 use super::{
     Control, Machine, Part,
-    console::{ConsoleInput, Feed, Output},
+    console::{ConsoleInput, ConsoleOutput, Feed},
     devices,
     gate::Gate,
     section_name, state_error,
-    types::{ClockPolicy, Identity, MachineError, RestoreOptions, TimeState, Timings},
+    types::{ClockPolicy, MachineError, RestoreOptions, TimeState, Timings},
     vcpu::{Board, vcpu_thread},
 };
 use crate::{
-    boot::BootError,
     config::MachineConfig,
     hypervisor::{self, SystemCounter, VcpuState, Vm},
     psci::{Psci, PsciState},
-    seed::{Lane, Seeds},
 };
 
 /// Sections by kind and instance.
@@ -73,9 +70,8 @@ impl Machine {
         for (range, frame) in vm.irq_chip_frames() {
             bus.insert(range, frame)?;
         }
-        let output = Output::new(Arc::clone(&timings));
-        let host = devices::Host { irq: vm.irq_chip(), ram: &ram, clock: &clock };
-        let built = devices::build(&config, &host, &output, &feed)?;
+        let console = ConsoleOutput { sink: console, timings: Arc::clone(&timings) };
+        let built = devices::build(&config, &*vm, &ram, &clock, console, &feed)?;
         for (range, part) in &built.parts {
             bus.insert(*range, Arc::clone(&part.device))?;
         }
@@ -91,10 +87,7 @@ impl Machine {
             devices: built.parts.into_iter().map(|(_, part)| part).collect(),
             counter,
             clock,
-            generation: built.generation,
             console: ConsoleInput::new(Arc::clone(&feed)),
-            output: Arc::clone(&output),
-            writer: None,
             threads: Vec::new(),
             control: Mutex::new(Control { paused: true }),
             config,
@@ -105,8 +98,7 @@ impl Machine {
         }
         machine.start_vcpus()?;
         let offer = built.offer;
-        machine.spawn("console-in", move || feed.pump(offer))?;
-        machine.writer = Some(spawn("console-out", move || output.write_to(console))?);
+        machine.spawn("console-in".to_owned(), move || feed.pump(offer))?;
         Ok(machine)
     }
 
@@ -116,7 +108,7 @@ impl Machine {
         for index in 0..self.config.vcpus {
             let (ready, answer) = mpsc::sync_channel(1);
             let board = Arc::clone(&self.board);
-            self.spawn(&format!("vcpu{index}"), move || vcpu_thread(&board, index, ready))?;
+            self.spawn(format!("vcpu{index}"), move || vcpu_thread(&board, index, ready))?;
             answers.push((index, answer));
         }
         for (vcpu, answer) in answers {
@@ -127,10 +119,11 @@ impl Machine {
 
     fn spawn(
         &mut self,
-        name: &str,
+        name: String,
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), MachineError> {
-        self.threads.push(spawn(name, body)?);
+        let spawned = thread::Builder::new().name(name.clone()).spawn(body);
+        self.threads.push(spawned.map_err(|source| MachineError::Thread { name, source })?);
         Ok(())
     }
 
@@ -139,7 +132,6 @@ impl Machine {
         let name = |kind: &str, instance: &str| (kind.to_owned(), instance.to_owned());
         let mut places = Vec::new();
         places.extend(self.devices.iter().map(|part| name(part.device.kind(), &part.instance)));
-        places.push(name(VmGenIdState::KIND, "0"));
         places.push(name(self.board.vm.irq_chip_kind(), "0"));
         places.push(name(PsciState::KIND, "0"));
         places.extend((0..self.config.vcpus).map(|n| name(VcpuState::KIND, &n.to_string())));
@@ -208,29 +200,7 @@ impl Machine {
                 .restore(&section)
                 .map_err(|source| state_error(section_name(device.kind(), instance), source))?;
         }
-        let generation = take(VmGenIdState::KIND, "0")?;
-        persist::restore_section(&mut *self.generation.lock(), &generation)
-            .map_err(|source| state_error(section_name(VmGenIdState::KIND, "0"), source))?;
-        match options.identity {
-            Identity::Same => Ok(()),
-            Identity::Clone => self.new_identity(),
-        }
-    }
-
-    /// Gives a machine that boots its generation id.
-    pub(super) fn first_identity(&self) -> Result<(), MachineError> {
-        let id = match self.config.deterministic {
-            Some(deterministic) => Seeds::stream(deterministic.seed, Lane::Generation),
-            None => Seeds::Host,
-        }
-        .id()?;
-        Ok(self.generation.lock().set_first(id).map_err(BootError::from)?)
-    }
-
-    /// Tells the guest that it is a copy. Two copies differ even if they are deterministic.
-    fn new_identity(&self) -> Result<(), MachineError> {
-        let id = Seeds::Host.id()?;
-        Ok(self.generation.lock().new_generation(id).map_err(BootError::from)?)
+        Ok(())
     }
 
     fn restore_time(&self, saved: &TimeState, clock: ClockPolicy) -> Result<(), PersistError> {
@@ -258,11 +228,6 @@ impl Machine {
         }
         Ok(())
     }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MachineError> {
-    let spawned = thread::Builder::new().name(name.to_owned()).spawn(body);
-    spawned.map_err(|source| MachineError::Thread { name: name.to_owned(), source })
 }
 
 fn decode<S: Versioned>(section: &Section) -> Result<S, MachineError> {

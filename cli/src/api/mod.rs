@@ -1,0 +1,5 @@
+//! The control API: HTTP over a unix socket.
+
+pub mod client;
+pub mod server;
+pub mod types;

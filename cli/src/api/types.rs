@@ -1,0 +1,177 @@
+//! The bodies of the control API, in Firecracker's shapes; squib's own fields are optional additions.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// `GET /`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceInfo {
+    /// "squib".
+    pub app_name: String,
+    /// The VM's name.
+    pub id: String,
+    /// What the VM does.
+    pub state: InstanceState,
+    /// Version of this build.
+    pub vmm_version: String,
+}
+
+/// The states of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InstanceState {
+    /// Between creation and the first instruction.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// The guest runs.
+    Running,
+    /// The guest's time stands still.
+    Paused,
+}
+
+/// `PATCH /vm`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// The state asked for.
+    pub state: VmState,
+}
+
+/// The states that `PATCH /vm` takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Bring the guest to rest.
+    Paused,
+    /// Let it run.
+    Resumed,
+}
+
+/// `PUT /snapshot/create`.
+///
+/// A snapshot of squib's is one directory. `snapshot_path` names it; `mem_file_path`, which
+/// Firecracker demands, may be left out, or has to be `memory.zst` in that directory, where the memory
+/// goes anyway.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreateParams {
+    /// The directory to write. Relative paths are relative to the VM's process.
+    pub snapshot_path: PathBuf,
+    /// See above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_file_path: Option<PathBuf>,
+    /// `Full` (default). `Diff` is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_type: Option<SnapshotType>,
+    /// squib: replace a snapshot that is there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
+    /// squib: end the VM once the snapshot is safe.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stop: bool,
+    /// squib: what is synced to the storage before the snapshot is called safe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub durability: Option<Durability>,
+}
+
+/// Firecracker's kinds of snapshots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotType {
+    /// All of memory.
+    Full,
+    /// What changed since the last one.
+    Diff,
+}
+
+/// How safe a snapshot is when it is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// Every file and directory is synced: it survives a power failure.
+    Full,
+    /// Nothing is synced: it survives the end of the process only. For snapshots that live briefly.
+    None,
+}
+
+/// squib's answer to `PUT /snapshot/create` when the request says `Prefer: return=representation`
+/// (RFC 7240); without it the answer is 204, as Firecracker's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// The directory.
+    pub path: PathBuf,
+    /// The snapshot's id.
+    pub id: String,
+    /// Image digest of the guest's memory.
+    pub memory_digest: String,
+    /// Each captured disk.
+    pub disks: Vec<DiskReport>,
+    /// Size of guest memory, bytes.
+    pub memory_bytes: u64,
+    /// Bytes of all the snapshot's files.
+    pub stored_bytes: u64,
+    /// Each phase and the milliseconds that it took, in order.
+    pub timings: Vec<Phase>,
+}
+
+/// One disk of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// The disk's id.
+    pub id: String,
+    /// Its image digest.
+    pub digest: String,
+    /// Its size, bytes.
+    pub bytes: u64,
+}
+
+/// A phase of a run, a capture or a restore.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Phase {
+    /// What was done.
+    pub name: String,
+    /// How long it took.
+    pub ms: f64,
+}
+
+/// `GET /snapshot/progress` (squib's own): how far a running create is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotProgress {
+    /// Bytes of memory and disks that are done.
+    pub done: u64,
+    /// All bytes of memory and disks; 0 while no snapshot is being written.
+    pub total: u64,
+}
+
+/// The body of every error.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Error {
+    /// What went wrong.
+    pub fault_message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn firecrackers_own_request_is_understood() {
+        let body =
+            r#"{"snapshot_type": "Full", "snapshot_path": "/s", "mem_file_path": "/s/memory.zst"}"#;
+        let params: SnapshotCreateParams = serde_json::from_str(body).unwrap();
+        assert_eq!(params.snapshot_path, PathBuf::from("/s"));
+        assert_eq!(params.snapshot_type, Some(SnapshotType::Full));
+        assert!(!params.stop && !params.force);
+    }
+
+    #[test]
+    fn a_field_that_nobody_knows_is_refused() {
+        let body = r#"{"snapshot_path": "/s", "snapshot_pth": "/t"}"#;
+        let error = serde_json::from_str::<SnapshotCreateParams>(body).unwrap_err();
+        assert!(error.to_string().contains("snapshot_pth"), "{error}");
+    }
+
+    #[test]
+    fn states_have_firecrackers_names() {
+        let text = serde_json::to_string(&InstanceState::NotStarted).unwrap();
+        assert_eq!(text, "\"Not started\"");
+    }
+}

@@ -1,0 +1,32 @@
+//! `squib kit`.
+
+use crate::{
+    args::{FetchArgs, KitCommand},
+    exit::{Code, Result, WithCode},
+    kit::{FetchOptions, Kit},
+    output::{Spinner, print_json},
+};
+
+pub(crate) fn kit(command: KitCommand) -> Result<Code> {
+    match command {
+        KitCommand::Fetch(args) => fetch(args),
+    }
+}
+
+fn fetch(args: FetchArgs) -> Result<Code> {
+    let spinner = Spinner::new("the guest kit");
+    let options = FetchOptions { mirror: args.mirror, rootfs: args.rootfs, refresh: args.refresh };
+    let kit = Kit::fetch(&options, &|what| spinner.say(what)).code(Code::Failed)?;
+    drop(spinner);
+    if args.json {
+        print_json(&kit)?;
+    } else {
+        println!("release  {}", kit.release);
+        println!("kernel   {}", kit.kernel.display());
+        println!("initrd   {}", kit.initrd.display());
+        if let Some(rootfs) = &kit.rootfs {
+            println!("rootfs   {}", rootfs.display());
+        }
+    }
+    Ok(Code::Done)
+}

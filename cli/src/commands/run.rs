@@ -1,0 +1,85 @@
+//! `squib run`.
+
+use std::{path::Path, time::Instant};
+
+use squib_vmm::{
+    config::{BackendKind, Deterministic, DiskConfig, MachineConfig, default_cmdline},
+    machine::{Machine, MachineError},
+};
+
+use crate::{
+    args::{DiskArg, OnReset, RunArgs},
+    exit::{Code, Failure, Result, WithCode},
+    session::Session,
+};
+
+pub(crate) fn run(args: RunArgs, started: Instant) -> Result<Code> {
+    let config = config(&args)?;
+    let restart = args.on_reset == OnReset::Restart;
+    let name = config.name.clone();
+    let session = Session { name: &name, args: &args.common, started, restart };
+    session.run(&mut |console, phases| {
+        let machine = Machine::boot(config.clone(), console).map_err(failure)?;
+        phases.end("load kernel and initrd");
+        Ok(machine)
+    })
+}
+
+/// The failure of a machine that cannot be made.
+pub(crate) fn failure(error: MachineError) -> Failure {
+    let code = match &error {
+        MachineError::Config(_)
+        | MachineError::Boot(_)
+        | MachineError::Granule { .. }
+        | MachineError::Device { .. } => Code::Usage,
+        MachineError::State { .. }
+        | MachineError::UnknownSection { .. }
+        | MachineError::MissingSection { .. }
+        | MachineError::DuplicateSection { .. }
+        | MachineError::Fill(_) => Code::Snapshot,
+        _ => Code::Failed,
+    };
+    Failure::new(code, error)
+}
+
+fn config(args: &RunArgs) -> Result<MachineConfig> {
+    let disks = args
+        .disks
+        .iter()
+        .enumerate()
+        .map(|(at, disk)| disk_config(at, disk))
+        .collect::<Result<Vec<_>>>()?;
+    let cmdline =
+        args.cmdline.clone().unwrap_or_else(|| default_cmdline(args.initrd.is_some(), &disks));
+    let config = MachineConfig {
+        memory: args.memory.0,
+        vcpus: args.cpus,
+        initrd: args.initrd.as_deref().map(absolute).transpose()?,
+        cmdline,
+        disks,
+        backend: args.backend.parse::<BackendKind>().code(Code::Usage)?,
+        deterministic: args
+            .deterministic
+            .then(|| Deterministic { seed: args.seed, ..Deterministic::default() }),
+        ..MachineConfig::new(
+            args.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id())),
+            absolute(&args.kernel)?,
+        )
+    };
+    config.validate().code(Code::Usage)?;
+    Ok(config)
+}
+
+fn disk_config(at: usize, disk: &DiskArg) -> Result<DiskConfig> {
+    // The name that Linux gives it, as long as letters last.
+    let id = disk.id.clone().unwrap_or_else(|| match u8::try_from(at) {
+        Ok(at @ 0..26) => format!("vd{}", char::from(b'a' + at)),
+        _ => format!("disk{at}"),
+    });
+    Ok(DiskConfig { id, path: absolute(&disk.path)?, read_only: disk.read_only })
+}
+
+/// Paths go into snapshots, where the working directory of today means nothing.
+pub(crate) fn absolute(path: &Path) -> Result<std::path::PathBuf> {
+    std::path::absolute(path).code(Code::Usage)
+}

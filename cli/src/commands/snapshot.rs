@@ -1,0 +1,22 @@
+//! `squib snapshot`.
+
+mod create;
+mod inspect;
+mod restore;
+mod verify;
+
+use std::time::Instant;
+
+use crate::{
+    args::SnapshotCommand,
+    exit::{Code, Result},
+};
+
+pub(crate) fn snapshot(command: SnapshotCommand, started: Instant) -> Result<Code> {
+    match command {
+        SnapshotCommand::Create(args) => create::create(&args),
+        SnapshotCommand::Restore(args) => restore::restore(&args, started),
+        SnapshotCommand::Inspect(args) => inspect::inspect(&args),
+        SnapshotCommand::Verify(args) => verify::verify(&args),
+    }
+}

@@ -1,0 +1,98 @@
+//! `squib snapshot create`: a client of the VM's control socket.
+
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    api::{
+        client::{Client, ClientError},
+        types::{SnapshotCreateParams, SnapshotReport},
+    },
+    args::CreateArgs,
+    commands::run::absolute,
+    exit::{Code, Failure, Result, WithCode},
+    home::Home,
+    output::{ByteBar, bytes, print_json},
+    timings::phase_lines,
+};
+
+/// How often the VM is asked how far it is.
+const ASK: Duration = Duration::from_millis(100);
+
+pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
+    let socket = Home::open().and_then(|home| home.socket(&args.vm)).code(Code::Control)?;
+    let client = Client::new(&socket);
+    let params = SnapshotCreateParams {
+        // The VM's working directory is not ours.
+        snapshot_path: absolute(&args.output)?,
+        mem_file_path: None,
+        snapshot_type: None,
+        force: args.force,
+        stop: args.stop,
+        durability: Some(args.durability),
+    };
+    let report = request(&client, params).map_err(failure)?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        show(&report, args.timings);
+    }
+    Ok(Code::Done)
+}
+
+/// Sends the request, and shows how far it is while the answer is on its way.
+fn request(
+    client: &Client,
+    params: SnapshotCreateParams,
+) -> std::result::Result<SnapshotReport, ClientError> {
+    let (sender, answer) = mpsc::channel();
+    let caller = client.clone();
+    thread::spawn(move || drop(sender.send(caller.snapshot(&params))));
+    let bar = ByteBar::new("snapshot");
+    loop {
+        match answer.recv_timeout(ASK) {
+            Ok(answer) => return answer,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                unreachable!("the thread sends an answer before it ends")
+            }
+        }
+        if bar.is_shown()
+            && let Ok(progress) = client.progress()
+            && progress.total > 0
+        {
+            bar.set(progress.done, progress.total);
+        }
+    }
+}
+
+fn failure(error: ClientError) -> Failure {
+    let code = match error {
+        ClientError::Fault { .. } => Code::Snapshot,
+        ClientError::Connect { .. } | ClientError::NoAnswer { .. } => Code::Control,
+    };
+    Failure::new(code, error)
+}
+
+fn show(report: &SnapshotReport, timings: bool) {
+    println!("snapshot  {}", report.path.display());
+    println!("id        {}", report.id);
+    println!(
+        "stored    {} for {} of memory (1:{:.1})",
+        bytes(report.stored_bytes),
+        bytes(report.memory_bytes),
+        report.memory_bytes as f64 / report.stored_bytes.max(1) as f64
+    );
+    println!("memory    {}", report.memory_digest);
+    for disk in &report.disks {
+        println!("disk {:<4} {}  {}", disk.id, disk.digest, bytes(disk.bytes));
+    }
+    if timings {
+        for line in phase_lines(&report.timings) {
+            println!("{line}");
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! `squib snapshot inspect`.
+
+use serde::Serialize;
+use squib_formats::{
+    digest::Digest,
+    error::FormatError,
+    manifest::{DiskStorage, Manifest},
+    snapshot_dir::Snapshot,
+};
+
+use crate::{
+    args::InspectArgs,
+    exit::{Code, Failure, Result, WithCode},
+    output::{bytes, print_json},
+};
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    id: Digest,
+    format: String,
+    #[serde(flatten)]
+    manifest: &'a Manifest,
+}
+
+pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
+    let snapshot = match Snapshot::open(&args.dir) {
+        Ok(snapshot) => snapshot,
+        Err(error @ FormatError::Format { .. }) => {
+            // What any build can tell of any snapshot.
+            let header = Snapshot::peek(&args.dir).code(Code::Snapshot)?;
+            println!("format   {}.{}", header.major, header.minor);
+            println!("arch     {}", header.arch_text());
+            return Err(Failure::new(Code::Snapshot, error));
+        }
+        Err(error) => return Err(Failure::new(Code::Snapshot, error)),
+    };
+    let header = snapshot.header();
+    let format = format!("{}.{}", header.major, header.minor);
+    if args.json {
+        let answer = Answer { id: snapshot.id(), format, manifest: snapshot.manifest() };
+        print_json(&answer)?;
+    } else {
+        show(&snapshot, &format);
+    }
+    Ok(Code::Done)
+}
+
+fn show(snapshot: &Snapshot, format: &str) {
+    let manifest = snapshot.manifest();
+    let machine = &manifest.machine;
+    println!("id        {}", snapshot.id());
+    println!("format    {format}, {}", snapshot.header().arch_text());
+    println!("created   {} by {} on {}", utc(manifest.created), manifest.writer, manifest.host);
+    if let Some(parent) = manifest.parent {
+        println!("parent    {parent}");
+    }
+    println!(
+        "machine   {}: {}, {} vCPU(s), {}{}",
+        machine.name,
+        bytes(machine.memory_size),
+        machine.vcpus,
+        machine.backend,
+        if machine.deterministic.is_some() { ", deterministic" } else { "" }
+    );
+    println!("kernel    {}", machine.kernel);
+    if let Some(initrd) = &machine.initrd {
+        println!("initrd    {initrd}");
+    }
+    println!("cmdline   {}", machine.cmdline);
+    for disk in &machine.disks {
+        let place = match disk.storage {
+            DiskStorage::Captured => "captured".to_owned(),
+            DiskStorage::Reference => format!("at {}", disk.path),
+        };
+        let read_only = if disk.read_only { ", read-only" } else { "" };
+        println!("disk      {}: {}{read_only}, {place}", disk.id, bytes(disk.size));
+        println!("          {}", disk.digest);
+    }
+    for image in &manifest.images {
+        let stored = [image.index_file(), image.data_file()]
+            .iter()
+            .filter_map(|name| manifest.file(name).ok())
+            .map(|file| file.length)
+            .sum::<u64>();
+        println!("image     {}: {}, {} stored", image.name, bytes(image.size), bytes(stored));
+        println!("          {}", image.digest);
+    }
+    for section in &manifest.sections {
+        println!(
+            "section   {} {} (version {}): {}",
+            section.kind,
+            section.instance,
+            section.version,
+            bytes(section.length)
+        );
+    }
+}
+
+/// "2026-01-31 12:00:00 UTC" from nanoseconds since 1970-01-01.
+fn utc(ns: u64) -> String {
+    let seconds = ns / 1_000_000_000;
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days since 0000-03-01, so that the leap day is the last of its year (proleptic Gregorian).
+    let from_march = days + 719_468;
+    let era = from_march / 146_097;
+    let day_of_era = from_march % 146_097;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_become_dates() {
+        for (seconds, date) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_767_225_600, "2026-01-01 00:00:00 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(utc(seconds * 1_000_000_000), date);
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Raw mode. The terminal's own settings are kept in one place that every way out of the process can
+//! reach: the guard's drop, the signal thread, and the panic hook.
+
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
+
+/// The settings from before raw mode, while it is on.
+static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Raw mode, as long as it lives.
+#[derive(Debug)]
+pub(crate) struct RawMode(());
+
+impl RawMode {
+    /// Sets the terminal on stdin to raw mode: every key is the guest's, Ctrl-C and Ctrl-Z too.
+    pub(crate) fn enter() -> io::Result<Self> {
+        install_panic_hook();
+        let before = tcgetattr(io::stdin())?;
+        *saved() = Some(before);
+        set_raw()?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Gives the terminal back as it was. Does nothing if it is not in raw mode.
+pub(crate) fn restore() {
+    if let Some(before) = saved().take() {
+        // On the way out; a terminal that is gone needs no settings.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Drain, &before);
+    }
+}
+
+/// Sets raw mode again after the process was stopped and continued: the shell has changed the terminal.
+pub(crate) fn reenter() {
+    if saved().is_some() {
+        let _ = set_raw();
+    }
+}
+
+fn set_raw() -> io::Result<()> {
+    let Some(mut raw) = saved().clone() else { return Ok(()) };
+    raw.make_raw();
+    // Messages of squib's own still begin at the left edge.
+    raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
+    tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
+    Ok(())
+}
+
+fn saved() -> MutexGuard<'static, Option<Termios>> {
+    SAVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn install_panic_hook() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            before(info);
+        }));
+    });
+}

@@ -1,0 +1,44 @@
+//! What can end a VM, in one channel that the command's own thread waits on.
+
+use std::sync::mpsc::Sender;
+
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM};
+
+use squib_vmm::machine::Outcome;
+
+use crate::console;
+
+/// Something that happened to the VM or its process.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The guest ended, one way or the other.
+    Guest(Outcome),
+    /// Ctrl-A x.
+    UserQuit,
+    /// SIGTERM, SIGINT or SIGHUP.
+    Signal(i32),
+    /// The control API was told to end the VM.
+    Stop,
+}
+
+/// Starts the thread that turns signals into events. A second one of them ends the process at once.
+pub(crate) fn watch_signals(events: Sender<Event>) -> std::io::Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCONT])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut asked = false;
+        for signal in signals.forever() {
+            if signal == SIGCONT {
+                console::reenter_raw_mode();
+                continue;
+            }
+            if asked {
+                console::restore_terminal();
+                std::process::exit(128 + signal);
+            }
+            asked = true;
+            // Nobody to tell: the VM is already ending.
+            let _ = events.send(Event::Signal(signal));
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,444 @@
+//! The run-time folder: one directory a VM, held by a lock, with its control socket.
+//!
+//! ```text
+//! RUN/vms/NAME/lock       held (flock) as long as the VM's process lives
+//! RUN/vms/NAME/vm.json    process id and configuration, for `squib ps`
+//! RUN/vms/NAME/api.sock   the control socket
+//! ```
+//!
+//! `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `squib/run` below
+//! `XDG_STATE_HOME` or `~/.local/state`. A directory whose lock nobody holds is what a dead VM left:
+//! the next start removes it.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    os::unix::{
+        fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+/// Room for a path in `sockaddr_un`, its closing zero byte not counted.
+const SOCKET_PATH_MAX: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
+/// How often the lock of a name is tried: another start may hold it for the moment that it takes to
+/// clean up.
+const LOCK_TRIES: u32 = 20;
+
+/// Why a VM has no place in the run-time folder, or was not found there.
+#[derive(Debug, thiserror::Error)]
+pub enum HomeError {
+    /// No variable names a folder.
+    #[error("no run-time folder: set SQUIB_HOME, XDG_RUNTIME_DIR or HOME")]
+    NoFolder,
+    /// A VM of that name runs.
+    #[error("a VM named `{name}` is already running (process {pid}): choose another with --name")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The process that holds it, as far as known.
+        pid: String,
+    },
+    /// No VM of that name runs.
+    #[error("no VM named `{name}` is running; {running}")]
+    NoSuchVm {
+        /// The name.
+        name: String,
+        /// The names that do run, as a sentence.
+        running: String,
+    },
+    /// The socket's path does not fit into a socket address.
+    #[error(
+        "the socket path {} has {} bytes, the system takes {SOCKET_PATH_MAX}: \
+         set SQUIB_HOME to a shorter folder, or name one with --api-sock",
+        path.display(), path.as_os_str().len()
+    )]
+    SocketPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Somebody listens on the socket.
+    #[error("the socket {} is in use by another process", path.display())]
+    SocketInUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The socket's path is taken by something else.
+    #[error("{} exists and is not a socket", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A folder belongs to somebody else.
+    #[error("{} belongs to user {owner}, not to you", path.display())]
+    Foreign {
+        /// The folder.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+    },
+    /// A file could not be read or written.
+    #[error("{}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl HomeError {
+    fn io(path: &Path, source: impl Into<io::Error>) -> Self {
+        Self::Io { path: path.to_owned(), source: source.into() }
+    }
+}
+
+/// What `vm.json` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// The VM's name.
+    pub name: String,
+    /// The process that runs it.
+    pub pid: u32,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// Start, seconds since 1970-01-01 00:00 UTC.
+    pub started: u64,
+}
+
+/// The run-time folder.
+#[derive(Debug, Clone)]
+pub struct Home {
+    vms: PathBuf,
+}
+
+impl Home {
+    /// The folder that the environment names; made, if it is not there, with mode 0700.
+    pub fn open() -> Result<Self, HomeError> {
+        let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let run = var("SQUIB_HOME")
+            .map(|dir| dir.join("run"))
+            .or_else(|| var("XDG_RUNTIME_DIR").map(|dir| dir.join("squib")))
+            .or_else(|| var("XDG_STATE_HOME").map(|dir| dir.join("squib/run")))
+            .or_else(|| var("HOME").map(|dir| dir.join(".local/state/squib/run")))
+            .ok_or(HomeError::NoFolder)?;
+        Self::at(&run)
+    }
+
+    /// The folder `run`.
+    pub fn at(run: &Path) -> Result<Self, HomeError> {
+        let vms = run.join("vms");
+        private_dir(run)?;
+        private_dir(&vms)?;
+        Ok(Self { vms })
+    }
+
+    /// Takes the name for this process; what dead VMs left is removed.
+    pub fn claim(&self, name: &str) -> Result<VmDir, HomeError> {
+        self.clean();
+        let dir = self.vms.join(name);
+        let mut tries = 0;
+        loop {
+            private_dir(&dir)?;
+            if let Some(lock) = lock(&dir)? {
+                return Ok(VmDir { dir, lock, name: name.to_owned() });
+            }
+            tries += 1;
+            if tries == LOCK_TRIES {
+                let pid = fs::read_to_string(dir.join("lock")).unwrap_or_default();
+                let pid = if pid.is_empty() { "unknown".to_owned() } else { pid };
+                return Err(HomeError::NameTaken { name: name.to_owned(), pid });
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The VMs that run, by name.
+    pub fn running(&self) -> Result<Vec<VmRecord>, HomeError> {
+        let mut records = Vec::new();
+        for dir in self.dirs()? {
+            // Whoever gets the lock has found a dead VM; it stays for the next start to clean.
+            let Ok(file) = File::open(dir.join("lock")) else { continue };
+            if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+                continue;
+            }
+            let record = fs::read(dir.join("vm.json")).ok();
+            if let Some(record) = record.and_then(|text| serde_json::from_slice(&text).ok()) {
+                records.push(record);
+            }
+        }
+        records.sort_by(|a: &VmRecord, b| a.name.cmp(&b.name));
+        Ok(records)
+    }
+
+    /// The control socket of a running VM, by name, or by the socket's own path (with a `/` in it).
+    pub fn socket(&self, name_or_socket: &str) -> Result<PathBuf, HomeError> {
+        if name_or_socket.contains('/') {
+            return Ok(name_or_socket.into());
+        }
+        let running = self.running()?;
+        if let Some(vm) = running.iter().find(|vm| vm.name == name_or_socket) {
+            return Ok(vm.socket.clone());
+        }
+        let names: Vec<&str> = running.iter().map(|vm| vm.name.as_str()).collect();
+        let running = match names.as_slice() {
+            [] => "none is".to_owned(),
+            names => format!("there are: {}", names.join(", ")),
+        };
+        Err(HomeError::NoSuchVm { name: name_or_socket.to_owned(), running })
+    }
+
+    fn dirs(&self) -> Result<Vec<PathBuf>, HomeError> {
+        let entries = fs::read_dir(&self.vms).map_err(|e| HomeError::io(&self.vms, e))?;
+        Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
+    }
+
+    /// Removes the directories that nobody holds. What cannot be removed is tried again another time.
+    fn clean(&self) {
+        for dir in self.dirs().unwrap_or_default() {
+            if let Ok(Some(lock)) = lock(&dir) {
+                remove(&dir, lock);
+            }
+        }
+    }
+}
+
+/// The directory of a VM of this process; removed when it is dropped.
+#[derive(Debug)]
+pub struct VmDir {
+    dir: PathBuf,
+    lock: File,
+    name: String,
+}
+
+impl VmDir {
+    /// Where the control socket belongs unless the user wants it elsewhere.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("api.sock")
+    }
+
+    /// Tells other processes about the VM.
+    pub fn publish(&self, socket: &Path) -> Result<(), HomeError> {
+        let started = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs());
+        let record = VmRecord {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            socket: std::path::absolute(socket).map_err(|e| HomeError::io(socket, e))?,
+            started,
+        };
+        let staged = self.dir.join("vm.json.new");
+        let path = self.dir.join("vm.json");
+        let text = serde_json::to_vec(&record).expect("strings and numbers have a JSON form");
+        fs::write(&staged, text)
+            .and_then(|()| fs::rename(&staged, &path))
+            .map_err(|e| HomeError::io(&path, e))
+    }
+}
+
+impl Drop for VmDir {
+    fn drop(&mut self) {
+        if let Ok(lock) = self.lock.try_clone() {
+            remove(&self.dir, lock);
+        }
+    }
+}
+
+/// Listens on `path` with mode 0600. A socket on which nobody listens any more is replaced.
+pub fn listen(path: &Path) -> Result<UnixListener, HomeError> {
+    if path.as_os_str().len() > SOCKET_PATH_MAX {
+        return Err(HomeError::SocketPath { path: path.to_owned() });
+    }
+    match fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(HomeError::NotASocket { path: path.to_owned() });
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(|e| HomeError::io(path, e))?;
+            }
+            _ => return Err(HomeError::SocketInUse { path: path.to_owned() }),
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(HomeError::io(path, e)),
+    }
+    // Between bind and chmod anybody could connect: that happens where nobody else gets in.
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let stage = parent.join(format!(".{}", std::process::id()));
+    let staged = stage.join("s");
+    if staged.as_os_str().len() > SOCKET_PATH_MAX {
+        return Err(HomeError::SocketPath { path: path.to_owned() });
+    }
+    fs::DirBuilder::new().mode(0o700).create(&stage).map_err(|e| HomeError::io(parent, e))?;
+    let listener = UnixListener::bind(&staged).and_then(|listener| {
+        fs::set_permissions(&staged, fs::Permissions::from_mode(0o600))?;
+        fs::rename(&staged, path)?;
+        Ok(listener)
+    });
+    let _ = fs::remove_file(&staged);
+    let _ = fs::remove_dir(&stage);
+    listener.map_err(|e| HomeError::io(path, e))
+}
+
+/// Makes `dir` with mode 0700, or checks that it is the user's own and closes it to others.
+fn private_dir(dir: &Path) -> Result<(), HomeError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| HomeError::io(dir, e))?;
+    let meta = fs::symlink_metadata(dir).map_err(|e| HomeError::io(dir, e))?;
+    if meta.uid() != rustix::process::geteuid().as_raw() {
+        return Err(HomeError::Foreign { path: dir.to_owned(), owner: meta.uid() });
+    }
+    if meta.mode() & 0o077 != 0 {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+            .map_err(|e| HomeError::io(dir, e))?;
+    }
+    Ok(())
+}
+
+/// Takes the lock of `dir`; `None` if somebody else holds it, or is removing the directory.
+fn lock(dir: &Path) -> Result<Option<File>, HomeError> {
+    let path = dir.join("lock");
+    let opened = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+    let mut file = match opened {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(HomeError::io(&path, e)),
+    };
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        Err(e) => return Err(HomeError::io(&path, e)),
+    }
+    // A lock on a file that has been removed since it was opened holds nothing.
+    let same = |a: &fs::Metadata, b: &fs::Metadata| a.ino() == b.ino() && a.dev() == b.dev();
+    let ours = file.metadata().map_err(|e| HomeError::io(&path, e))?;
+    if !fs::metadata(&path).is_ok_and(|there| same(&ours, &there)) {
+        return Ok(None);
+    }
+    let mut before = String::new();
+    if file.read_to_string(&mut before).is_err() || before != std::process::id().to_string() {
+        fs::write(&path, std::process::id().to_string()).map_err(|e| HomeError::io(&path, e))?;
+    }
+    Ok(Some(file))
+}
+
+/// Removes a directory whose lock is held; the lock file goes last, so that until then nobody takes
+/// the name.
+fn remove(dir: &Path, lock: File) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name() != "lock" {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    let _ = fs::remove_file(dir.join("lock"));
+    let _ = fs::remove_dir(dir);
+    drop(lock);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn home() -> (tempfile::TempDir, Home) {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::at(&dir.path().join("run")).unwrap();
+        (dir, home)
+    }
+
+    #[test]
+    fn folders_are_closed_to_others() {
+        let (dir, home) = home();
+        let vm = home.claim("a").unwrap();
+        for path in [dir.path().join("run"), home.vms.clone(), vm.dir.clone()] {
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700, "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn two_vms_of_one_name_are_refused() {
+        let (_dir, home) = home();
+        let first = home.claim("a").unwrap();
+        match home.claim("a") {
+            Err(HomeError::NameTaken { name, pid }) => {
+                assert_eq!(name, "a");
+                assert_eq!(pid, std::process::id().to_string());
+            }
+            other => panic!("{other:?}"),
+        }
+        drop(first);
+        home.claim("a").unwrap();
+    }
+
+    #[test]
+    fn a_vm_that_has_ended_leaves_nothing() {
+        let (_dir, home) = home();
+        let vm = home.claim("a").unwrap();
+        let _listener = listen(&vm.socket()).unwrap();
+        vm.publish(&vm.socket()).unwrap();
+        assert_eq!(home.running().unwrap().len(), 1);
+        drop(vm);
+        assert_eq!(fs::read_dir(&home.vms).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_vm_left_is_removed_by_the_next_start() {
+        let (_dir, home) = home();
+        // As after SIGKILL: the files are there, the lock is not held.
+        let dead = home.vms.join("dead");
+        fs::create_dir(&dead).unwrap();
+        for file in ["lock", "vm.json", "api.sock"] {
+            fs::write(dead.join(file), "1").unwrap();
+        }
+        assert!(home.running().unwrap().is_empty());
+        let _vm = home.claim("other").unwrap();
+        assert!(!dead.exists());
+    }
+
+    #[test]
+    fn a_running_vm_is_found_by_name_and_by_socket() {
+        let (_dir, home) = home();
+        let vm = home.claim("a").unwrap();
+        vm.publish(&vm.socket()).unwrap();
+        assert_eq!(home.socket("a").unwrap(), vm.socket());
+        assert_eq!(home.socket("/tmp/x.sock").unwrap(), Path::new("/tmp/x.sock"));
+        let error = home.socket("b").unwrap_err().to_string();
+        assert_eq!(error, "no VM named `b` is running; there are: a");
+    }
+
+    #[test]
+    fn a_socket_on_which_somebody_listens_is_not_taken_over_and_a_stale_one_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = listen(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert!(matches!(listen(&path), Err(HomeError::SocketInUse { .. })));
+        drop(listener);
+        listen(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_the_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(listen(&path), Err(HomeError::NotASocket { .. })));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_socket_path_that_no_socket_address_holds_is_refused_by_length() {
+        let path = Path::new("/tmp").join("x".repeat(SOCKET_PATH_MAX));
+        let error = listen(&path).unwrap_err();
+        assert!(matches!(error, HomeError::SocketPath { .. }), "{error}");
+    }
+}

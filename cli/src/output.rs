@@ -1,0 +1,124 @@
+//! What commands show: progress on a terminal only, numbers for people, JSON for machines.
+
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use squib_formats::image::Progress;
+
+/// Something is being done, nobody knows for how long. On a terminal a spinner that goes away;
+/// elsewhere one plain line on stderr for each thing said.
+pub(crate) struct Spinner {
+    bar: ProgressBar,
+    what: String,
+}
+
+impl Spinner {
+    pub(crate) fn new(what: &str) -> Self {
+        let bar = ProgressBar::new_spinner().with_prefix(what.to_owned());
+        bar.set_draw_target(ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{spinner} {prefix}: {msg} ({elapsed})");
+        bar.set_style(style.expect("a fixed template"));
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Self { bar, what: what.to_owned() }
+    }
+
+    pub(crate) fn say(&self, message: &str) {
+        if self.bar.is_hidden() {
+            eprintln!("squib: {}: {message}", self.what);
+        } else {
+            self.bar.set_message(message.to_owned());
+        }
+    }
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A bar for a known number of bytes, on a terminal only.
+pub(crate) struct ByteBar(ProgressBar);
+
+impl ByteBar {
+    pub(crate) fn new(what: &str) -> Self {
+        let bar = ProgressBar::new(0).with_prefix(what.to_owned());
+        bar.set_draw_target(ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template(
+            "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} ",
+        );
+        bar.set_style(style.expect("a fixed template"));
+        Self(bar)
+    }
+
+    /// Whether anybody sees it.
+    pub(crate) fn is_shown(&self) -> bool {
+        !self.0.is_hidden()
+    }
+
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+}
+
+impl Progress for ByteBar {
+    fn advanced(&self, done: u64, total: u64, _stored: u64) {
+        self.set(done, total);
+    }
+}
+
+impl Drop for ByteBar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// Writes `value` as indented JSON, in one line a field.
+pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)
+}
+
+/// Bytes for people: "1.5 MiB".
+pub(crate) fn bytes(count: u64) -> String {
+    match count {
+        0..1024 => format!("{count} B"),
+        _ => {
+            let mut value = count as f64 / 1024.0;
+            let mut units = ["KiB", "MiB", "GiB", "TiB"].into_iter();
+            let mut unit = units.next().unwrap_or_default();
+            for next in units {
+                if value < 1024.0 {
+                    break;
+                }
+                value /= 1024.0;
+                unit = next;
+            }
+            format!("{value:.1} {unit}")
+        }
+    }
+}
+
+/// A duration in milliseconds.
+pub(crate) fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_shown_in_the_unit_that_fits() {
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(256 << 20), "256.0 MiB");
+        assert_eq!(bytes(5 << 40), "5.0 TiB");
+    }
+}

@@ -1,0 +1,133 @@
+//! A VM in this process from its start to its end: name, socket, console, events.
+
+use std::{
+    io::Write,
+    sync::{Arc, mpsc},
+    thread,
+    time::Instant,
+};
+
+use squib_vmm::machine::{Machine, Outcome};
+
+use crate::{
+    api::server::Server,
+    args::VmArgs,
+    console::{Console, Output},
+    events::{self, Event},
+    exit::{Code, Failure, Result, WithCode},
+    home::{self, Home},
+    timings::Phases,
+    vm::Vm,
+};
+
+/// What is special about a run or a restore.
+pub(crate) struct Session<'a> {
+    /// The VM's name.
+    pub(crate) name: &'a str,
+    /// The flags that both have.
+    pub(crate) args: &'a VmArgs,
+    /// When the process began.
+    pub(crate) started: Instant,
+    /// Boot again when the guest asks for a reset.
+    pub(crate) restart: bool,
+}
+
+/// Makes the machine, given where its console goes.
+pub(crate) type Make<'a> = &'a mut dyn FnMut(Box<dyn Write + Send>, &mut Phases) -> Result<Machine>;
+
+impl Session<'_> {
+    /// Runs the machine that `make` makes until it ends.
+    pub(crate) fn run(self, make: Make<'_>) -> Result<Code> {
+        let mut phases = Phases::new(self.started);
+        // Dropped in reverse order: the name is free once everything else is gone.
+        let home = Home::open().code(Code::Failed)?;
+        let dir = home.claim(self.name).code(Code::Usage)?;
+        let socket = self.args.api_sock.clone().unwrap_or_else(|| dir.socket());
+        let listener = home::listen(&socket).code(Code::Usage)?;
+        let _unlink = Unlink(&socket);
+        let (events, happened) = mpsc::channel();
+        events::watch_signals(events.clone())?;
+        phases.end("prepare");
+
+        let (output, drain) = Output::new(std::io::stdout())?;
+        let machine = Arc::new(make(Box::new(output.clone()), &mut phases)?);
+        let vm = Arc::new(Vm::new(self.name, machine.clone(), events.clone()));
+        let server = Server::start(listener, vm.clone())?;
+        dir.publish(&socket).code(Code::Failed)?;
+        let to_guest = vm.clone();
+        let input = Box::new(move |bytes: &[u8]| {
+            // A guest that has ended reads no more; a restarted one starts with an empty console.
+            let _ = to_guest.machine().console_input().send(bytes);
+        });
+        let console = Console::attach(input, events.clone())?;
+        phases.end("control socket and console");
+        machine.resume().code(Code::Failed)?;
+        watch(machine.clone(), events.clone())?;
+        if let Some(format) = self.args.timings {
+            phases.report(machine, format)?;
+        }
+
+        let end = loop {
+            // The sender is also held here, so that there is always an event to come.
+            let event = happened.recv().map_err(anyhow::Error::from)?;
+            match event {
+                Event::Guest(Outcome::Reset) if self.restart => {
+                    let mut unused = Phases::new(Instant::now());
+                    let machine = Arc::new(make(Box::new(output.clone()), &mut unused)?);
+                    vm.replace(machine.clone());
+                    machine.resume().code(Code::Failed)?;
+                    watch(machine, events.clone())?;
+                }
+                Event::Guest(outcome) => break End::Guest(outcome),
+                Event::UserQuit | Event::Stop => break End::Asked,
+                Event::Signal(signal) => break End::Signal(signal),
+            }
+        };
+        vm.machine().stop();
+        output.release();
+        drop(server);
+        drop(drain);
+        drop(console);
+        end.code()
+    }
+}
+
+/// Why the session ends.
+enum End {
+    Guest(Outcome),
+    Asked,
+    Signal(i32),
+}
+
+impl End {
+    fn code(self) -> Result<Code> {
+        match self {
+            Self::Guest(Outcome::PowerOff | Outcome::Stopped) | Self::Asked => Ok(Code::Done),
+            Self::Guest(outcome @ Outcome::Reset) => {
+                eprintln!("squib: {outcome}; `--on-reset restart` boots again");
+                Ok(Code::GuestReset)
+            }
+            Self::Guest(Outcome::Crashed(crash)) => Err(Failure::new(Code::GuestCrash, crash)),
+            Self::Signal(signal) => Ok(Code::Signal(signal)),
+        }
+    }
+}
+
+/// A thread that tells how the machine ends.
+fn watch(machine: Arc<Machine>, events: mpsc::Sender<Event>) -> Result {
+    thread::Builder::new().name("outcome".into()).spawn(move || {
+        // Nobody to tell: the session has ended for another reason.
+        let _ = events.send(Event::Guest(machine.wait()));
+    })?;
+    Ok(())
+}
+
+/// Removes a socket that lies elsewhere than in the VM's directory.
+struct Unlink<'a>(&'a std::path::Path);
+
+impl Drop for Unlink<'_> {
+    fn drop(&mut self) {
+        // It may be gone, with the VM's directory or by the user's hand.
+        let _ = std::fs::remove_file(self.0);
+    }
+}

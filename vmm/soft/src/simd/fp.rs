@@ -1,0 +1,5 @@
+use super::DataFn;
+
+pub(super) fn decode(_insn: u32) -> Option<DataFn> {
+    None
+}
