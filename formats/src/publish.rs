@@ -1,7 +1,7 @@
 //! Writing a snapshot so that it is there whole or not at all.
 //!
-//! Everything is written into a staging directory beside the place of the snapshot, every file is
-//! synced, then the directory takes its place in one rename and the parent is synced. A staging
+//! Everything is written into a staging directory beside the place of the snapshot; at the end every
+//! file is synced, then the directory takes its place in one rename and the parent is synced. A staging
 //! directory is locked while its writer lives; one that a killed writer left behind is removed by the
 //! next writer of a snapshot of the same name.
 
@@ -43,6 +43,17 @@ pub enum Existing {
     Replace,
 }
 
+/// What is on the storage itself before a snapshot counts as published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// Everything: the snapshot survives a loss of power.
+    #[default]
+    Full,
+    /// Nothing is waited for. After a loss of power the snapshot may be there and damaged, which
+    /// its digests show.
+    None,
+}
+
 /// A snapshot being written. Dropped without [`publish`](Self::publish) it leaves nothing behind.
 #[derive(Debug)]
 pub struct Staging {
@@ -52,7 +63,8 @@ pub struct Staging {
     existing: Existing,
     /// The staging directory, locked.
     dir: OwnedFd,
-    files: Vec<FileRecord>,
+    files: Vec<(FileRecord, File)>,
+    durability: Durability,
     /// Bytes that may still be written, if there is a limit.
     room: Option<Arc<AtomicU64>>,
     published: bool,
@@ -76,8 +88,22 @@ impl Staging {
         prefix.push(".partial-");
         sweep(&parent, &prefix);
         let (path, dir) = make_locked(&parent, &prefix)?;
-        let files = Vec::new();
-        Ok(Self { target, parent, path, existing, dir, files, room: None, published: false })
+        Ok(Self {
+            target,
+            parent,
+            path,
+            existing,
+            dir,
+            files: Vec::new(),
+            durability: Durability::Full,
+            room: None,
+            published: false,
+        })
+    }
+
+    /// Sets what [`publish`](Self::publish) waits for.
+    pub fn durability(&mut self, durability: Durability) {
+        self.durability = durability;
     }
 
     /// Lets the snapshot take at most `bytes`; more is answered as a full disk is.
@@ -102,7 +128,7 @@ impl Staging {
         })
     }
 
-    /// Ends a file: all bytes are on the disk, and the file is in the manifest's list.
+    /// Ends a file: all bytes are with the operating system, and the file is in the manifest's list.
     pub fn finish(&mut self, file: StagedFile) -> Result<(), FormatError> {
         self.files.push(file.finish()?);
         Ok(())
@@ -110,13 +136,13 @@ impl Staging {
 
     /// Bytes of the files that are finished.
     pub fn stored(&self) -> u64 {
-        self.files.iter().map(|file| file.length).sum()
+        self.files.iter().map(|(record, _)| record.length).sum()
     }
 
     /// Writes `manifest`, with the list of the finished files, and puts the snapshot in its place.
     /// Answers the snapshot's id.
     pub fn publish(mut self, mut manifest: Manifest) -> Result<Digest, FormatError> {
-        manifest.files = self.files.clone();
+        manifest.files = self.files.iter().map(|(record, _)| record.clone()).collect();
         let body = manifest.encode()?;
         if body.len() as u64 > header::MAX_BODY {
             let why = format!("{} bytes, at most {} are allowed", body.len(), header::MAX_BODY);
@@ -126,9 +152,22 @@ impl Staging {
         let mut file = self.create(manifest::FILE)?;
         file.write(&header)?;
         file.write(&body)?;
-        file.finish()?;
+        let manifest = file.finish()?;
+        self.files.push(manifest);
+        self.sync()?;
         self.put_in_place()?;
         Ok(header::snapshot_id(&header, &body))
+    }
+
+    fn sync(&self) -> Result<(), FormatError> {
+        if self.durability == Durability::None {
+            return Ok(());
+        }
+        for (record, file) in &self.files {
+            file.sync_all().map_err(|error| FormatError::io(&record.name, "sync", error))?;
+        }
+        let synced = rustix::fs::fsync(&self.dir);
+        synced.map_err(|error| FormatError::io(self.path.display().to_string(), "sync", error))
     }
 
     fn put_in_place(&mut self) -> Result<(), FormatError> {
@@ -136,7 +175,6 @@ impl Staging {
             let name = self.target.display().to_string();
             move |error| FormatError::io(name, action, error)
         };
-        rustix::fs::fsync(&self.dir).map_err(|error| io("sync")(error.into()))?;
         check_place(&self.target, self.existing)?;
         let replaces = fs::symlink_metadata(&self.target).is_ok();
         let flags = match replaces {
@@ -165,7 +203,10 @@ impl Staging {
             Err(error) => return Err(io("rename into place")(error.into())),
         }
         self.published = true;
-        File::open(&self.parent).and_then(|dir| dir.sync_all()).map_err(io("sync the place of"))?;
+        if self.durability == Durability::Full {
+            let synced = File::open(&self.parent).and_then(|dir| dir.sync_all());
+            synced.map_err(io("sync the place of"))?;
+        }
         if replaces && let Err(error) = fs::remove_dir_all(&old) {
             // The new snapshot is safe; the next writer to this place sweeps what is left of the old.
             tracing::warn!("{}: cannot remove the replaced snapshot: {error}", old.display());
@@ -227,11 +268,10 @@ impl StagedFile {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<FileRecord, FormatError> {
+    fn finish(mut self) -> Result<(FileRecord, File), FormatError> {
         self.flush()?;
-        self.file.sync_all().map_err(|error| FormatError::io(&self.name, "sync", error))?;
-        let Self { name, length, hasher, .. } = self;
-        Ok(FileRecord { name, length, digest: hasher.finalize().into() })
+        let Self { name, file, buffer: _, hasher, length, room: _ } = self;
+        Ok((FileRecord { name, length, digest: hasher.finalize().into() }, file))
     }
 }
 

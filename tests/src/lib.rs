@@ -2,3 +2,4 @@
 //! What the end-to-end tests and the bench-side tools share.
 
 pub mod difftest;
+pub mod tiny;

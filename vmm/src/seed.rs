@@ -9,7 +9,25 @@ pub(crate) enum Seeds {
     Stream(u64),
 }
 
+/// What a stream is for. Streams of one machine have nothing to do with each other.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Lane {
+    /// Seeds in the device tree.
+    DeviceTree = 1,
+    /// virtio-rng.
+    VirtioRng = 2,
+    /// The generation id.
+    Generation = 3,
+}
+
 impl Seeds {
+    /// The stream of a machine's `seed` for `lane`.
+    pub(crate) fn stream(seed: u64, lane: Lane) -> Self {
+        // Seeds next to each other would give overlapping streams if they were added to.
+        let mut state = seed ^ (lane as u64).rotate_right(8);
+        Self::Stream(splitmix64(&mut state))
+    }
+
     /// Fills `out`.
     pub(crate) fn fill(&mut self, out: &mut [u8]) -> Result<(), getrandom::Error> {
         match self {
@@ -29,6 +47,13 @@ impl Seeds {
         let mut bytes = [0; 8];
         self.fill(&mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// A generation id.
+    pub(crate) fn id(&mut self) -> Result<[u8; 16], getrandom::Error> {
+        let mut id = [0; 16];
+        self.fill(&mut id)?;
+        Ok(id)
     }
 }
 

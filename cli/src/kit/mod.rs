@@ -279,7 +279,7 @@ impl Store {
             fs::rename(&whole, &dir).map_err(|e| KitError::io(&dir, e))?;
         }
         publish(&self.dir.join("current"), name.as_bytes())?;
-        self.current().ok_or_else(|| KitError::Content { package: name, what: "release" })
+        self.current().ok_or(KitError::Content { package: name, what: "release" })
     }
 }
 

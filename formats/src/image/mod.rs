@@ -63,8 +63,9 @@ pub enum Content {
 
 /// Where the raw bytes of an image go. Called from many threads at once.
 pub trait Sink: Sync {
-    /// Whether every byte is zero before the first write, so that zero chunks need not be written.
-    fn is_zeroed(&self) -> bool;
+    /// Whether the `len` bytes at `offset` are known to be zero, so that a chunk of zeros need not be
+    /// written there.
+    fn is_zero(&self, offset: u64, len: usize) -> bool;
 
     /// Takes the verified `bytes` of one chunk, which belong at `offset` of the image.
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;

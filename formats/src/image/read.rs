@@ -260,7 +260,7 @@ impl Load<'_> {
         self.control.check()?;
         let layout = self.image.index.layout();
         let record = self.image.index.records()[chunk as usize];
-        if record == Record::Zero && self.sink.is_zeroed() {
+        if record == Record::Zero && self.sink.is_zero(layout.offset(chunk), layout.len(chunk)) {
             return Ok(());
         }
         let reader = match reader {

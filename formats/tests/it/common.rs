@@ -44,7 +44,7 @@ impl Target {
 }
 
 impl Sink for Target {
-    fn is_zeroed(&self) -> bool {
+    fn is_zero(&self, _: u64, _: usize) -> bool {
         self.zeroed
     }
 

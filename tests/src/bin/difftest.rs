@@ -4,10 +4,12 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use clap::Parser;
+use squib_soft::testing::State;
 use squib_tests::difftest::classes::{self, CLASSES, Class};
 use squib_tests::difftest::compare::{self, Report};
 use squib_tests::difftest::record;
-use squib_tests::difftest::values::Rng;
+use squib_tests::difftest::values::{self, Rng};
+use squib_tests::difftest::{Case, End};
 
 /// Compares the software CPU with qemu-aarch64, instruction by instruction.
 #[derive(Parser)]
@@ -29,6 +31,12 @@ struct Args {
     /// Print one vector of every instruction that both sides agree on, for a unit test.
     #[arg(long)]
     record: bool,
+    /// Draw words until the software CPU takes one for allocated.
+    #[arg(long)]
+    allocated: bool,
+    /// Only vectors of floating-point numbers.
+    #[arg(long)]
+    float: bool,
     /// Mismatches to print of each group.
     #[arg(long, default_value_t = 1)]
     show: usize,
@@ -68,10 +76,31 @@ fn main() -> anyhow::Result<ExitCode> {
             record::record(class, args.count, &mut rng)?;
             continue;
         }
-        let report = compare::run(&class.qemu(), class.key, args.count, |_| class.case(&mut rng))?;
+        let report =
+            compare::run(&class.qemu(), class.key, args.count, |_| draw(class, &args, &mut rng))?;
         failed += print(class, &report, &args);
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn draw(class: &Class, args: &Args, rng: &mut Rng) -> Case {
+    /// A class without a single allocated word must end as well.
+    const TRIES: usize = 10_000;
+    let mut case = class.case(rng);
+    if args.allocated {
+        let mut probe = Case { insn: case.insn, state: State::default(), memory: Vec::new() };
+        for _ in 0..TRIES {
+            if compare::execute(&probe).end != End::UNDEFINED {
+                break;
+            }
+            probe.insn = rng.next_u32() & !class.mask | class.bits;
+        }
+        case.insn = probe.insn;
+    }
+    if args.float {
+        values::floats(rng, case.insn, &mut case.state);
+    }
+    case
 }
 
 fn print(class: &Class, report: &Report, args: &Args) -> usize {

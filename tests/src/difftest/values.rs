@@ -78,6 +78,47 @@ pub fn vector(rng: &mut Rng, width: u32, float: bool) -> u128 {
     v
 }
 
+/// Replaces the vectors by floating-point numbers of one width. In a quarter of the states the operands
+/// of `insn` are related, so that sums cancel and quotients and roots are exact or nearly so.
+pub fn floats(rng: &mut Rng, insn: u32, state: &mut State) {
+    let width = [16, 32, 32, 64, 64][rng.below(5) as usize];
+    for v in &mut state.v {
+        *v = vector(rng, width, true);
+    }
+    if width == 16 || !rng.one_in(4) {
+        return;
+    }
+    let [d, n, a, m] = [0, 5, 10, 16].map(|at| (insn >> at & 31) as usize);
+    let kind = rng.below(4);
+    let mut related = |x: u128, y: u128| {
+        let mut out = 0;
+        for shift in (0..128).step_by(width as usize) {
+            let lane = |v: u128| (v >> shift) as u64 & u64::MAX >> (64 - width);
+            let product = |x: u64, y: u64| match width {
+                32 => (f32::from_bits(x as u32) * f32::from_bits(y as u32)).to_bits().into(),
+                _ => (f64::from_bits(x) * f64::from_bits(y)).to_bits(),
+            };
+            let sign = 1 << (width - 1);
+            let value = match kind {
+                0 => product(lane(x), lane(y)) ^ sign,
+                1 => lane(y) ^ u64::from(rng.next_u32() & 1) << (width - 1),
+                2 => product(lane(y), float(rng, width)),
+                _ => product(lane(y), lane(y)),
+            };
+            let near = value.wrapping_add(u64::from(rng.below(3))).wrapping_sub(1);
+            out |= u128::from(near & u64::MAX >> (64 - width)) << shift;
+        }
+        out
+    };
+    if kind == 0 {
+        let value = related(state.v[n], state.v[m]);
+        state.v[d] = value;
+        state.v[a] = value;
+    } else {
+        state.v[n] = related(state.v[n], state.v[m]);
+    }
+}
+
 /// An integer of `width` bits (8, 16, 32, 64), zero-extended.
 pub fn integer(rng: &mut Rng, width: u32) -> u64 {
     let mask = u64::MAX >> (64 - width);

@@ -4,17 +4,34 @@
 //! A [`Cpu`] is one vCPU. It runs until it needs something from outside and says what: an [`Exit`].
 //! It knows no bus, no interrupt controller and no snapshot.
 
+mod code;
 mod counter;
+mod cpu;
+mod decode;
+mod exception;
+mod exec;
 mod exit;
+mod mem;
+mod mmu;
+mod op;
 mod regs;
+mod shared;
 mod signals;
 mod simd;
+mod state;
+mod sys;
 mod sysreg;
 #[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;
+mod timer;
+mod tlb;
 
 pub use counter::{CNTFRQ_HZ, Counter};
+pub use cpu::Cpu;
 pub use exit::Exit;
+pub use shared::{Ram, Shared};
 pub use signals::Signals;
+pub use state::{CpuState, StateError};
+pub use sys::id_registers;
 pub use sysreg::SysReg;

@@ -13,7 +13,10 @@ use super::{
     fdt::{FdtError, Guest, device_tree},
     image::{Image, ImageError, PageSize, unpack},
 };
-use crate::{config::MachineConfig, seed::Seeds};
+use crate::{
+    config::MachineConfig,
+    seed::{Lane, Seeds},
+};
 
 /// Bytes at the end of RAM that hold the device tree.
 pub const FDT_AREA: u64 = 64 << 10;
@@ -100,7 +103,7 @@ pub enum BootError {
 /// Fills `ram` for the first instruction of a guest of `config`.
 pub fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, BootError> {
     let seeds = match config.deterministic {
-        Some(deterministic) => Seeds::Stream(deterministic.seed),
+        Some(deterministic) => Seeds::stream(deterministic.seed, Lane::DeviceTree),
         None => Seeds::Host,
     };
     load_with(config, ram, seeds)

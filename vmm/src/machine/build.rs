@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     io::Write,
     sync::{Arc, mpsc},
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use parking_lot::Mutex;
@@ -13,22 +13,25 @@ use squib_devices::{
     clock::{Clock, HostClock},
     map::{self, Range},
     memory::GuestRam,
+    vmgenid::VmGenIdState,
 };
-use squib_formats::persist::{PersistError, Section, Versioned};
+use squib_formats::persist::{self, PersistError, Section, Versioned};
 
 use super::{
     Control, Machine, Part,
-    console::{ConsoleInput, ConsoleOutput, Feed},
+    console::{ConsoleInput, Feed, Output},
     devices,
     gate::Gate,
     section_name, state_error,
-    types::{ClockPolicy, MachineError, RestoreOptions, TimeState, Timings},
+    types::{ClockPolicy, Identity, MachineError, RestoreOptions, TimeState, Timings},
     vcpu::{Board, vcpu_thread},
 };
 use crate::{
+    boot::BootError,
     config::MachineConfig,
     hypervisor::{self, SystemCounter, VcpuState, Vm},
     psci::{Psci, PsciState},
+    seed::{Lane, Seeds},
 };
 
 /// Sections by kind and instance.
@@ -70,8 +73,9 @@ impl Machine {
         for (range, frame) in vm.irq_chip_frames() {
             bus.insert(range, frame)?;
         }
-        let console = ConsoleOutput { sink: console, timings: Arc::clone(&timings) };
-        let built = devices::build(&config, &*vm, &ram, &clock, console, &feed)?;
+        let output = Output::new(Arc::clone(&timings));
+        let host = devices::Host { irq: vm.irq_chip(), ram: &ram, clock: &clock };
+        let built = devices::build(&config, &host, &output, &feed)?;
         for (range, part) in &built.parts {
             bus.insert(*range, Arc::clone(&part.device))?;
         }
@@ -87,7 +91,10 @@ impl Machine {
             devices: built.parts.into_iter().map(|(_, part)| part).collect(),
             counter,
             clock,
+            generation: built.generation,
             console: ConsoleInput::new(Arc::clone(&feed)),
+            output: Arc::clone(&output),
+            writer: None,
             threads: Vec::new(),
             control: Mutex::new(Control { paused: true }),
             config,
@@ -98,7 +105,8 @@ impl Machine {
         }
         machine.start_vcpus()?;
         let offer = built.offer;
-        machine.spawn("console-in".to_owned(), move || feed.pump(offer))?;
+        machine.spawn("console-in", move || feed.pump(offer))?;
+        machine.writer = Some(spawn("console-out", move || output.write_to(console))?);
         Ok(machine)
     }
 
@@ -108,7 +116,7 @@ impl Machine {
         for index in 0..self.config.vcpus {
             let (ready, answer) = mpsc::sync_channel(1);
             let board = Arc::clone(&self.board);
-            self.spawn(format!("vcpu{index}"), move || vcpu_thread(&board, index, ready))?;
+            self.spawn(&format!("vcpu{index}"), move || vcpu_thread(&board, index, ready))?;
             answers.push((index, answer));
         }
         for (vcpu, answer) in answers {
@@ -119,11 +127,10 @@ impl Machine {
 
     fn spawn(
         &mut self,
-        name: String,
+        name: &str,
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), MachineError> {
-        let spawned = thread::Builder::new().name(name.clone()).spawn(body);
-        self.threads.push(spawned.map_err(|source| MachineError::Thread { name, source })?);
+        self.threads.push(spawn(name, body)?);
         Ok(())
     }
 
@@ -132,6 +139,7 @@ impl Machine {
         let name = |kind: &str, instance: &str| (kind.to_owned(), instance.to_owned());
         let mut places = Vec::new();
         places.extend(self.devices.iter().map(|part| name(part.device.kind(), &part.instance)));
+        places.push(name(VmGenIdState::KIND, "0"));
         places.push(name(self.board.vm.irq_chip_kind(), "0"));
         places.push(name(PsciState::KIND, "0"));
         places.extend((0..self.config.vcpus).map(|n| name(VcpuState::KIND, &n.to_string())));
@@ -200,7 +208,29 @@ impl Machine {
                 .restore(&section)
                 .map_err(|source| state_error(section_name(device.kind(), instance), source))?;
         }
-        Ok(())
+        let generation = take(VmGenIdState::KIND, "0")?;
+        persist::restore_section(&mut *self.generation.lock(), &generation)
+            .map_err(|source| state_error(section_name(VmGenIdState::KIND, "0"), source))?;
+        match options.identity {
+            Identity::Same => Ok(()),
+            Identity::Clone => self.new_identity(),
+        }
+    }
+
+    /// Gives a machine that boots its generation id.
+    pub(super) fn first_identity(&self) -> Result<(), MachineError> {
+        let id = match self.config.deterministic {
+            Some(deterministic) => Seeds::stream(deterministic.seed, Lane::Generation),
+            None => Seeds::Host,
+        }
+        .id()?;
+        Ok(self.generation.lock().set_first(id).map_err(BootError::from)?)
+    }
+
+    /// Tells the guest that it is a copy. Two copies differ even if they are deterministic.
+    fn new_identity(&self) -> Result<(), MachineError> {
+        let id = Seeds::Host.id()?;
+        Ok(self.generation.lock().new_generation(id).map_err(BootError::from)?)
     }
 
     fn restore_time(&self, saved: &TimeState, clock: ClockPolicy) -> Result<(), PersistError> {
@@ -228,6 +258,11 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MachineError> {
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(body);
+    spawned.map_err(|source| MachineError::Thread { name: name.to_owned(), source })
 }
 
 fn decode<S: Versioned>(section: &Section) -> Result<S, MachineError> {

@@ -2,34 +2,121 @@
 
 use std::sync::Arc;
 
-use squib_devices::{clock::Clock, map::Range, memory::GuestRam};
+use parking_lot::Mutex;
+use squib_devices::{
+    clock::Clock,
+    device::MachineDevice,
+    irq::{IrqChip, IrqLine},
+    map::{self, Range},
+    memory::GuestRam,
+    rtc::Rtc,
+    serial::Serial,
+    virtio::{
+        VirtioDevice,
+        block::{Block, BlockConfig, Execution},
+        mmio::VirtioMmio,
+        rng::{Entropy, Rng},
+    },
+    vmgenid::VmGenId,
+};
 
 use super::{
     Part,
-    console::{ConsoleOutput, Feed},
+    console::{Feed, Output, OutputEnd},
     types::MachineError,
 };
-use crate::{config::MachineConfig, hypervisor::Vm};
+use crate::{
+    config::{MachineConfig, RNG_ID},
+    seed::{Lane, Seeds},
+};
 
 /// Takes bytes for the guest and says how many.
 pub(super) type Offer = Box<dyn Fn(&[u8]) -> usize + Send>;
 
+/// What devices work on.
+pub(super) struct Host<'a> {
+    pub(super) irq: Arc<dyn IrqChip>,
+    pub(super) ram: &'a GuestRam,
+    pub(super) clock: &'a Arc<dyn Clock>,
+}
+
 /// What was built.
 pub(super) struct Built {
     pub(super) parts: Vec<(Range, Part)>,
+    pub(super) generation: Arc<Mutex<VmGenId>>,
     /// Offers bytes to the serial port, which takes as many as it has room for.
     pub(super) offer: Offer,
 }
 
-/// Builds the devices of `config`.
+impl Host<'_> {
+    fn line(&self, intid: u32) -> IrqLine {
+        IrqLine::new(Arc::clone(&self.irq), intid)
+    }
+
+    /// `device` behind the transport of `slot`, which the configuration keeps below
+    /// [`map::VIRTIO_SLOTS`].
+    fn virtio<D: VirtioDevice + 'static>(
+        &self,
+        slot: u32,
+        instance: &str,
+        device: D,
+    ) -> (Range, Part) {
+        let base = map::VIRTIO.base + u64::from(slot) * map::VIRTIO_STRIDE;
+        let line = self.line(map::VIRTIO_INTID + slot);
+        let transport = VirtioMmio::new(device, self.ram.clone(), line);
+        part(Range { base, size: map::VIRTIO_STRIDE }, instance, Arc::new(Mutex::new(transport)))
+    }
+}
+
+/// Builds the devices of `config` in their reset state.
 pub(super) fn build(
     config: &MachineConfig,
-    vm: &dyn Vm,
-    ram: &GuestRam,
-    clock: &Arc<dyn Clock>,
-    console: ConsoleOutput,
+    host: &Host<'_>,
+    output: &Arc<Output>,
     feed: &Arc<Feed>,
 ) -> Result<Built, MachineError> {
-    let _ = (config, vm, ram, clock, console, feed);
-    Ok(Built { parts: Vec::new(), offer: Box::new(|bytes| bytes.len()) })
+    let mut serial =
+        Serial::new(host.line(map::SERIAL_INTID), Box::new(OutputEnd(Arc::clone(output))));
+    let room = Arc::clone(feed);
+    serial.on_room(Box::new(move || room.has_room()));
+    let serial = Arc::new(Mutex::new(serial));
+    let port = Arc::clone(&serial);
+    let rtc = Mutex::new(Rtc::new(host.line(map::RTC_INTID), Arc::clone(host.clock)));
+    let generation = VmGenId::new(host.ram.clone(), host.line(map::VMGENID_INTID));
+
+    let mut parts = vec![part(map::SERIAL, "0", serial), part(map::RTC, "0", Arc::new(rtc))];
+    for (slot, disk) in (0..).zip(&config.disks) {
+        let settings = BlockConfig {
+            id: disk.id.clone(),
+            path: disk.path.clone(),
+            read_only: disk.read_only,
+            rate_limiter: None,
+        };
+        let execution = match config.deterministic {
+            Some(_) => Execution::Inline,
+            None => Execution::Worker,
+        };
+        let block = Block::open(&settings, execution, Arc::clone(host.clock))?;
+        parts.push(host.virtio(slot, &disk.id, block));
+    }
+    if config.rng {
+        let entropy = match config.deterministic {
+            Some(deterministic) => {
+                let mut seed = [0; 32];
+                Seeds::stream(deterministic.seed, Lane::VirtioRng).fill(&mut seed)?;
+                Entropy::seeded(seed)
+            }
+            None => Entropy::Os,
+        };
+        parts.push(host.virtio(config.disks.len() as u32, RNG_ID, Rng::new(entropy)));
+    }
+    Ok(Built {
+        parts,
+        generation: Arc::new(Mutex::new(generation)),
+        offer: Box::new(move |bytes| port.lock().enqueue(bytes)),
+    })
+}
+
+fn part(range: Range, instance: &str, device: Arc<dyn MachineDevice>) -> (Range, Part) {
+    (range, Part { instance: instance.to_owned(), device })
 }

@@ -23,6 +23,8 @@ mod build;
 mod console;
 mod devices;
 mod gate;
+#[cfg(test)]
+mod tests;
 mod types;
 mod vcpu;
 
@@ -34,7 +36,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use squib_devices::{clock::Clock, device::MachineDevice, memory::GuestRam};
+use squib_devices::{clock::Clock, device::MachineDevice, memory::GuestRam, vmgenid::VmGenId};
 use squib_formats::persist::{self, PersistError, Section};
 
 pub use console::ConsoleInput;
@@ -43,7 +45,7 @@ pub use types::{
     TimeState, Timings,
 };
 
-use self::vcpu::Board;
+use self::{console::Output, vcpu::Board};
 use crate::{
     boot,
     config::MachineConfig,
@@ -53,6 +55,8 @@ use crate::{
 /// How long [`Machine::run_until`] gives devices to come to rest. A deterministic machine's devices
 /// work inside register accesses and need no time at all.
 const SETTLE: Duration = Duration::from_secs(10);
+/// How long the end of a machine waits for the host to take console output.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// A deadline so far away that it does not come.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -62,9 +66,13 @@ pub struct Machine {
     ram: GuestRam,
     board: Arc<Board>,
     devices: Vec<Part>,
+    generation: Arc<Mutex<VmGenId>>,
     counter: Arc<dyn SystemCounter>,
     clock: Arc<dyn Clock>,
     console: ConsoleInput,
+    output: Arc<Output>,
+    /// Carries console output to the host; it may hang there.
+    writer: Option<JoinHandle<()>>,
     threads: Vec<JoinHandle<()>>,
     /// Held through each change of the run state.
     control: Mutex<Control>,
@@ -82,7 +90,7 @@ struct Part {
 
 impl Machine {
     /// A paused machine whose first instruction is the kernel's. What the guest writes to its console
-    /// goes to `console`, from a vCPU's thread: while a write blocks, so does the guest.
+    /// goes to `console`, from a thread of its own; while that is behind by 64 KiB the guest waits.
     pub fn boot(
         config: MachineConfig,
         console: Box<dyn Write + Send>,
@@ -93,25 +101,28 @@ impl Machine {
             let backend = machine.config.backend;
             return Err(MachineError::Granule { pages: entry.page_size, backend });
         }
+        machine.first_identity()?;
         machine.on_vcpu(0, move |vcpu| vcpu.start(entry.pc, entry.fdt))??;
         Ok(machine)
     }
 
-    /// A paused machine that goes on where `sections` were saved. `fill` brings back the RAM. Every
+    /// A paused machine that goes on where `sections` were saved. `fill` looks at what the guest will see
+    /// of its CPUs and brings back the RAM, which is all zeros but for the system area. Every
     /// section must have its place and every place its section.
     pub fn restore<E>(
         config: MachineConfig,
         sections: Vec<Section>,
         options: RestoreOptions,
         console: Box<dyn Write + Send>,
-        fill: impl FnOnce(&GuestRam) -> Result<(), E>,
+        fill: impl FnOnce(&GuestRam, &CpuIdentity) -> Result<(), E>,
     ) -> Result<Self, MachineError>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let machine = Self::assemble(config, console)?;
         let sections = machine.sort(sections)?;
-        fill(&machine.ram).map_err(|error| MachineError::Fill(error.into()))?;
+        fill(&machine.ram, &machine.cpu_identity())
+            .map_err(|error| MachineError::Fill(error.into()))?;
         machine.take_over(sections, options)?;
         Ok(machine)
     }
@@ -137,7 +148,9 @@ impl Machine {
         }
         let now = Instant::now();
         let until = now.checked_add(deadline).unwrap_or_else(|| now + NEVER);
+        self.output.hurry(true);
         let closed = self.board.gate.close_until(until);
+        self.output.hurry(false);
         // It may have ended on its way to the gate.
         self.check_alive()?;
         closed.map_err(|vcpus| MachineError::VcpuDeadline { vcpus, deadline })?;
@@ -156,6 +169,9 @@ impl Machine {
             let name = || section_name(device.kind(), instance);
             sections.push(device.save(instance).map_err(|source| state_error(name(), source))?);
         }
+        sections.push(
+            self.encode("0", "vmgenid", || persist::save_section("0", &*self.generation.lock()))?,
+        );
         let vm = &self.board.vm;
         let chip = vm.save_irq_chip();
         sections.push(chip.map_err(|source| state_error(vm.irq_chip_kind(), source))?);
@@ -186,6 +202,7 @@ impl Machine {
         self.wake(Some(retired))?;
         let idle = self.board.gate.wait_parked();
         self.settle(Instant::now() + SETTLE)?;
+        self.output.drain(SETTLE);
         Ok(match self.board.gate.outcome() {
             Some(outcome) => RunUntil::Ended(outcome),
             None if idle => RunUntil::Idle,
@@ -256,6 +273,12 @@ impl Machine {
         self.console.clone()
     }
 
+    /// Waits until everything that the guest wrote to its console has reached the sink; false if that
+    /// took longer than `timeout`.
+    pub fn drain_console(&self, timeout: Duration) -> bool {
+        self.output.drain(timeout)
+    }
+
     /// The time that this machine saves now.
     pub fn time(&self) -> TimeState {
         TimeState {
@@ -320,13 +343,21 @@ impl Machine {
 }
 
 impl Drop for Machine {
-    /// Ends the vCPU threads and waits for them.
+    /// Ends the threads and waits for them. Console output that the host does not take within a second
+    /// is lost.
     fn drop(&mut self) {
         self.console.close();
+        self.output.hurry(true);
         self.board.gate.dismiss();
         for thread in self.threads.drain(..) {
             // A panic in it has been reported as the outcome.
             let _ = thread.join();
+        }
+        self.output.close();
+        if self.output.drain(FAREWELL)
+            && let Some(writer) = self.writer.take()
+        {
+            let _ = writer.join();
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use squib_devices::{bus::BusOverlap, device::PauseError};
+use squib_devices::{bus::BusOverlap, device::PauseError, virtio::block::BlockError};
 use squib_formats::{first_version, persist::PersistError};
 
 use crate::{
@@ -162,14 +162,9 @@ pub enum MachineError {
     /// Two devices claim one address.
     #[error("{0}")]
     Bus(#[from] BusOverlap),
-    /// A device cannot be made.
-    #[error("device `{device}`: {source}")]
-    Device {
-        /// Its id.
-        device: String,
-        /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    /// A disk cannot be had.
+    #[error("{0}")]
+    Disk(#[from] BlockError),
     /// There is no entropy for a seed.
     #[error("the host gives no random numbers: {0}")]
     Entropy(#[from] getrandom::Error),

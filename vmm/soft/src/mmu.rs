@@ -1,0 +1,188 @@
+//! The stage 1 translation table walk (Arm ARM D8) for EL1&0: 4 KiB and 16 KiB granules, 48-bit
+//! addresses.
+
+use crate::{shared::Ram, sys::Sys};
+
+/// What an access wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+    Execute,
+}
+
+/// A failed translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// The fault status code, ISS.DFSC or ISS.IFSC.
+    pub(crate) fsc: u32,
+}
+
+// Fault status codes, Arm ARM D17.2.37, ESR_EL1 ISS encoding for a Data Abort.
+const FSC_ADDRESS_SIZE: u32 = 0b00_0000;
+const FSC_TRANSLATION: u32 = 0b00_0100;
+const FSC_ACCESS_FLAG: u32 = 0b00_1000;
+const FSC_PERMISSION: u32 = 0b00_1100;
+pub(crate) const FSC_EXTERNAL: u32 = 0b01_0000;
+const FSC_EXTERNAL_ON_WALK: u32 = 0b01_0100;
+pub(crate) const FSC_ALIGNMENT: u32 = 0b10_0001;
+
+/// A successful translation of one page or block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Translation {
+    /// Physical address of the byte that was asked for.
+    pub(crate) pa: u64,
+    /// Size of the page or block that the descriptor maps, bytes.
+    pub(crate) size: u64,
+    /// AttrIndx[2:0]: index into MAIR_EL1.
+    pub(crate) attr_index: u8,
+    perms: Permissions,
+    level: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Permissions {
+    el0: bool,
+    writable: bool,
+    uxn: bool,
+    pxn: bool,
+}
+
+// SCTLR_EL1 fields, Arm ARM D17.2.118.
+pub(crate) const SCTLR_M: u64 = 1 << 0;
+const SCTLR_WXN: u64 = 1 << 19;
+
+/// Physical address bits that are implemented (ID_AA64MMFR0_EL1.PARange = 2).
+pub(crate) const PA_BITS: u32 = 40;
+
+impl Translation {
+    /// Checks that `access` from EL0 or EL1 is allowed.
+    pub(crate) fn check(
+        &self,
+        sys: &Sys,
+        access: Access,
+        el0: bool,
+        pan: bool,
+    ) -> Result<(), Fault> {
+        if sys.sctlr & SCTLR_M == 0 {
+            return Ok(());
+        }
+        let p = self.perms;
+        let wxn = sys.sctlr & SCTLR_WXN != 0;
+        let allowed = match (access, el0) {
+            (Access::Read, true) => p.el0,
+            (Access::Write, true) => p.el0 && p.writable,
+            (Access::Read, false) => !(pan && p.el0),
+            (Access::Write, false) => p.writable && !(pan && p.el0),
+            (Access::Execute, true) => p.el0 && !p.uxn && !(wxn && p.writable),
+            // What EL0 may write, EL1 never executes.
+            (Access::Execute, false) => !p.pxn && !(p.el0 && p.writable) && !(wxn && p.writable),
+        };
+        if allowed { Ok(()) } else { Err(Fault { fsc: FSC_PERMISSION | self.level }) }
+    }
+}
+
+/// Translates `va` by the tables that `sys` names; permissions are checked apart.
+pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> {
+    if sys.sctlr & SCTLR_M == 0 {
+        return if va >> PA_BITS == 0 {
+            Ok(flat(va))
+        } else {
+            Err(Fault { fsc: FSC_ADDRESS_SIZE })
+        };
+    }
+    let upper = va >> 55 & 1 != 0;
+    let tcr = sys.tcr;
+    let (ttbr, tsz, epd, tbi, granule) = if upper {
+        // TG1: 01 is 16 KiB, 10 is 4 KiB.
+        let granule = match tcr >> 30 & 3 {
+            1 => 14,
+            _ => 12,
+        };
+        (sys.ttbr1, tcr >> 16 & 63, tcr >> 23 & 1, tcr >> 38 & 1, granule)
+    } else {
+        // TG0: 00 is 4 KiB, 10 is 16 KiB.
+        let granule = match tcr >> 14 & 3 {
+            2 => 14,
+            _ => 12,
+        };
+        (sys.ttbr0, tcr & 63, tcr >> 7 & 1, tcr >> 37 & 1, granule)
+    };
+    // Out-of-range TxSZ behaves as the nearest supported value.
+    let va_bits = 64 - (tsz.clamp(16, 39) as u32);
+    let top = if tbi != 0 { 56 } else { 64 };
+    let sign = if upper { u64::MAX } else { 0 };
+    let checked = (va ^ sign) & (u64::MAX >> (64 - top)) & !((1 << va_bits) - 1);
+    if checked != 0 || epd != 0 {
+        return Err(Fault { fsc: FSC_TRANSLATION });
+    }
+
+    let stride = granule - 3;
+    let levels = (va_bits - granule).div_ceil(stride);
+    let mut level = 4 - levels;
+    let mut table = ttbr & ((1 << 48) - 1) & !1;
+    // The first table may be smaller than a page: its index has what is left of the address.
+    let mut index_bits = va_bits - granule - stride * (levels - 1);
+    table &= !((8u64 << index_bits) - 1) | !0x3f;
+    let (mut table_el0, mut table_ro, mut table_uxn, mut table_pxn) = (true, false, false, false);
+    loop {
+        let shift = granule + stride * (3 - level);
+        let index = va >> shift & ((1 << index_bits) - 1);
+        let address = table + index * 8;
+        if table >> PA_BITS != 0 {
+            return Err(Fault {
+                fsc: FSC_ADDRESS_SIZE | if level == 4 - levels { 0 } else { level },
+            });
+        }
+        let Some(host) = ram.host(address, 8) else {
+            return Err(Fault { fsc: FSC_EXTERNAL_ON_WALK | level });
+        };
+        // SAFETY: `host` is in RAM and, tables being aligned, aligned to 8.
+        let descriptor = u64::from_le(unsafe { host.cast::<u64>().read_volatile() });
+        let next = descriptor & ((1 << 48) - 1) & !((1 << granule) - 1);
+        match (descriptor & 3, level) {
+            (3, 0..=2) => {
+                table_el0 &= descriptor >> 61 & 1 == 0;
+                table_ro |= descriptor >> 62 & 1 != 0;
+                table_uxn |= descriptor >> 60 & 1 != 0;
+                table_pxn |= descriptor >> 59 & 1 != 0;
+                table = next;
+                index_bits = stride;
+                level += 1;
+            }
+            (3, 3) | (1, 1 | 2) => {
+                // A 16 KiB granule has blocks at level 2 only.
+                if descriptor & 3 == 1 && granule == 14 && level == 1 {
+                    return Err(Fault { fsc: FSC_TRANSLATION | level });
+                }
+                let size = 1u64 << shift;
+                let base = next & !(size - 1);
+                if base >> PA_BITS != 0 {
+                    return Err(Fault { fsc: FSC_ADDRESS_SIZE | level });
+                }
+                if descriptor >> 10 & 1 == 0 {
+                    return Err(Fault { fsc: FSC_ACCESS_FLAG | level });
+                }
+                return Ok(Translation {
+                    pa: base | va & (size - 1),
+                    size,
+                    attr_index: (descriptor >> 2 & 7) as u8,
+                    perms: Permissions {
+                        el0: descriptor >> 6 & 1 != 0 && table_el0,
+                        writable: descriptor >> 7 & 1 == 0 && !table_ro,
+                        uxn: descriptor >> 54 & 1 != 0 || table_uxn,
+                        pxn: descriptor >> 53 & 1 != 0 || table_pxn,
+                    },
+                    level,
+                });
+            }
+            _ => return Err(Fault { fsc: FSC_TRANSLATION | level }),
+        }
+    }
+}
+
+/// The identity, as with the MMU off.
+fn flat(va: u64) -> Translation {
+    let perms = Permissions { el0: true, writable: true, uxn: false, pxn: false };
+    Translation { pa: va, size: 1 << PA_BITS, attr_index: 0, perms, level: 0 }
+}

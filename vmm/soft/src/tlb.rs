@@ -1,0 +1,218 @@
+//! Cached translations: for data a host address a page, for code the page's decoded blocks.
+//!
+//! An entry's tag is the virtual page number in bits 63 to 12 and a generation in bits 11 to 2. A
+//! generation belongs to an address space (an ASID for the lower half, one for the upper half), so
+//! forgetting a space costs nothing: it gets a new generation. Direct-mapped by page number, so that
+//! forgetting one page in all spaces is forgetting one slot.
+
+use crate::code::PageCode;
+
+/// Entries in one bank of data translations.
+pub(crate) const DATA_ENTRIES: usize = 512;
+/// Entries in one bank of code translations.
+const CODE_ENTRIES: usize = 256;
+/// Bits of a virtual address that a tag holds.
+pub(crate) const PAGE_MASK: u64 = !0xfff;
+
+/// Which permissions an entry was checked for. Discriminants are bank numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Regime {
+    El0 = 0,
+    El1 = 1,
+    /// EL1 with PSTATE.PAN set.
+    El1Pan = 2,
+}
+
+/// Where a page's bytes lie in host memory.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct DataEntry {
+    pub(crate) read_tag: u64,
+    pub(crate) write_tag: u64,
+    /// Host address minus virtual address.
+    pub(crate) addend: u64,
+}
+
+/// Where a page's decoded blocks are.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct CodeEntry {
+    pub(crate) tag: u64,
+    pub(crate) code: *mut PageCode,
+}
+
+/// Matches no address: bits 1 and 0 of a tag are never set.
+const NO_TAG: u64 = 3;
+const NO_DATA: DataEntry = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0 };
+const NO_CODE: CodeEntry = CodeEntry { tag: NO_TAG, code: std::ptr::null_mut() };
+
+/// One space of the lower half: TTBR0_EL1 with its ASID.
+#[derive(Clone, Copy)]
+struct Space {
+    ttbr0: u64,
+    asid: u16,
+    generation: u64,
+}
+
+/// Lower-half spaces whose entries are kept over a switch to another one.
+const SPACES: usize = 16;
+
+/// The translations of one vCPU.
+pub(crate) struct Tlb {
+    data: Box<[[DataEntry; DATA_ENTRIES]; 3]>,
+    code: Box<[[CodeEntry; CODE_ENTRIES]; 2]>,
+    /// Generations in use, in place in a tag: lower half, upper half.
+    pub(crate) generations: [u64; 2],
+    next_generation: u64,
+    spaces: [Option<Space>; SPACES],
+    next_space: usize,
+    /// Address ranges mapped by blocks larger than a page, merged where they meet: forgetting any
+    /// address of a block forgets all of it.
+    blocks: Vec<(u64, u64)>,
+}
+
+/// Ranges of blocks that are told apart.
+const MAX_BLOCK_RANGES: usize = 64;
+
+impl Tlb {
+    pub(crate) fn new() -> Self {
+        let mut tlb = Self {
+            data: Box::new([[NO_DATA; DATA_ENTRIES]; 3]),
+            code: Box::new([[NO_CODE; CODE_ENTRIES]; 2]),
+            generations: [0; 2],
+            next_generation: 0,
+            spaces: [None; SPACES],
+            next_space: 0,
+            blocks: Vec::with_capacity(MAX_BLOCK_RANGES + 1),
+        };
+        tlb.forget_all();
+        tlb
+    }
+
+    /// The slot for `va` in the bank of `regime`.
+    #[inline(always)]
+    pub(crate) fn data(&self, regime: Regime, va: u64) -> &DataEntry {
+        &self.data[regime as usize][(va >> 12) as usize % DATA_ENTRIES]
+    }
+
+    /// The slot for `va` in EL0's or EL1's bank.
+    #[inline(always)]
+    pub(crate) fn code(&self, el1: bool, va: u64) -> &CodeEntry {
+        &self.code[usize::from(el1)][(va >> 12) as usize % CODE_ENTRIES]
+    }
+
+    /// The tag that an entry for `va` has now.
+    #[inline(always)]
+    pub(crate) fn tag(&self, va: u64) -> u64 {
+        va & PAGE_MASK | self.generations[(va >> 63) as usize]
+    }
+
+    /// Remembers that reads, and with `writable` writes, of `va`'s page are allowed in `regime` and
+    /// that `host` is where `va` lies. `size` is the size of the page or block that maps it.
+    pub(crate) fn fill_data(
+        &mut self,
+        regime: Regime,
+        va: u64,
+        host: *mut u8,
+        writable: bool,
+        size: u64,
+    ) {
+        self.note_block(va, size);
+        let tag = self.tag(va);
+        let slot = &mut self.data[regime as usize][(va >> 12) as usize % DATA_ENTRIES];
+        *slot = DataEntry {
+            read_tag: tag,
+            write_tag: if writable { tag } else { NO_TAG },
+            addend: (host as u64).wrapping_sub(va),
+        };
+    }
+
+    /// Remembers that `va`'s page may be executed and that its blocks are in `code`.
+    pub(crate) fn fill_code(&mut self, el1: bool, va: u64, code: *mut PageCode, size: u64) {
+        self.note_block(va, size);
+        let tag = self.tag(va);
+        self.code[usize::from(el1)][(va >> 12) as usize % CODE_ENTRIES] = CodeEntry { tag, code };
+    }
+
+    /// Goes over to another lower-half space.
+    pub(crate) fn switch_space(&mut self, ttbr0: u64, asid: u16) {
+        let known = self.spaces.iter().flatten().find(|s| s.asid == asid && s.ttbr0 == ttbr0);
+        if let Some(space) = known {
+            self.generations[0] = space.generation;
+            return;
+        }
+        let generation = self.fresh_generation();
+        self.spaces[self.next_space] = Some(Space { ttbr0, asid, generation });
+        self.next_space = (self.next_space + 1) % SPACES;
+        self.generations[0] = generation;
+    }
+
+    /// Forgets one page in every space.
+    pub(crate) fn forget_page(&mut self, va: u64) {
+        let in_block = |&(start, end): &(u64, u64)| start <= va && va < end;
+        if self.blocks.iter().any(in_block) {
+            self.forget_all();
+            return;
+        }
+        // With a 16 KiB granule one page is four entries; with 4 KiB the other three only miss once.
+        let first = (va >> 12) as usize & !3;
+        for bank in self.data.iter_mut() {
+            bank[first % DATA_ENTRIES..][..4].fill(NO_DATA);
+        }
+        for bank in self.code.iter_mut() {
+            bank[first % CODE_ENTRIES..][..4].fill(NO_CODE);
+        }
+    }
+
+    /// Forgets the lower-half spaces of `asid`. As after [`forget_all`](Self::forget_all) the caller
+    /// goes on with [`switch_space`](Self::switch_space).
+    pub(crate) fn forget_asid(&mut self, asid: u16) {
+        for space in &mut self.spaces {
+            if space.is_some_and(|s| s.asid == asid) {
+                *space = None;
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub(crate) fn forget_all(&mut self) {
+        self.blocks.clear();
+        self.spaces = [None; SPACES];
+        let generation = self.fresh_generation();
+        self.generations = [generation; 2];
+    }
+
+    /// A generation that no entry has.
+    fn fresh_generation(&mut self) -> u64 {
+        self.next_generation += 1 << 2;
+        if self.next_generation >= 1 << 12 {
+            self.next_generation = 1 << 2;
+            self.data.iter_mut().for_each(|bank| bank.fill(NO_DATA));
+            self.code.iter_mut().for_each(|bank| bank.fill(NO_CODE));
+            self.spaces = [None; SPACES];
+            // The upper half's entries are gone; it shares the first number of the new round.
+            self.generations = [self.next_generation; 2];
+        }
+        self.next_generation
+    }
+
+    fn note_block(&mut self, va: u64, size: u64) {
+        if size <= 0x4000 {
+            return;
+        }
+        let start = va & !(size - 1);
+        let end = start.saturating_add(size);
+        let meets = |&(s, e): &(u64, u64)| start <= e && s <= end;
+        if let Some(range) = self.blocks.iter_mut().find(|range| meets(range)) {
+            *range = (range.0.min(start), range.1.max(end));
+            return;
+        }
+        self.blocks.push((start, end));
+        if self.blocks.len() > MAX_BLOCK_RANGES {
+            let low = self.blocks.iter().map(|r| r.0).min().unwrap_or(start);
+            let high = self.blocks.iter().map(|r| r.1).max().unwrap_or(end);
+            self.blocks.clear();
+            self.blocks.push((low, high));
+        }
+    }
+}
