@@ -359,14 +359,14 @@ mod tests {
         });
     }
 
-    #[test]
-    fn power_states_survive() {
-        let psci = psci();
-        call(&psci, CPU_ON, [1, ENTRY, 9]);
-        let mut fresh = super::tests::psci();
-        fresh.restore(psci.save().unwrap()).unwrap();
-        assert_eq!(fresh.save().unwrap(), psci.save().unwrap());
-        assert_eq!(fresh.wait_until_on(1, &AtomicBool::new(true)), Ok(Some((ENTRY, 9))));
+    squib_formats::persist_contract! {
+        mod contract,
+        device: Psci,
+        fresh: psci,
+        change: |psci| {
+            call(psci, CPU_ON, [1, ENTRY, 9]);
+            psci.call(0, 0, [CPU_OFF.into(), 0, 0, 0]);
+        },
     }
 
     proptest! {

@@ -29,8 +29,6 @@ pub struct VcpuState {
     /// The exclusive monitor, where the backend can tell. Others leave it open, which the architecture
     /// allows at any time.
     pub exclusive: Option<ExclusiveMonitor>,
-    /// The event register of WFE, where the backend can tell.
-    pub event: bool,
     /// Whether it sleeps in WFI, where the backend can tell.
     pub waiting: bool,
     /// Instructions retired since the first start; zero where the backend does not count.

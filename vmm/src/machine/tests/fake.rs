@@ -217,7 +217,6 @@ fn empty_state() -> VcpuState {
         fpsr: 0,
         sysregs: Vec::new(),
         exclusive: None,
-        event: false,
         waiting: false,
         retired: 0,
     }
