@@ -73,7 +73,7 @@ fn main() -> anyhow::Result<ExitCode> {
     for class in &selected {
         let mut rng = Rng::new(args.seed);
         if args.record {
-            record::record(class, args.count, &mut rng)?;
+            record::record(class, args.count, args.float, || draw(class, &args, &mut rng))?;
             continue;
         }
         let report =

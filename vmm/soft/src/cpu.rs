@@ -8,8 +8,8 @@ use std::{
 use crate::{
     Exit, Signals,
     code::{CodeCache, PageCode},
-    exec::branch::leave_block,
     exception::Pstate,
+    exec::branch::leave_block,
     mem::Pending,
     mmu::{Access, FSC_EXTERNAL},
     op::Op,

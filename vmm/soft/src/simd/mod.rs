@@ -6,6 +6,8 @@
 
 mod fp;
 mod int;
+#[cfg(test)]
+mod vectors;
 
 use crate::regs::Regs;
 

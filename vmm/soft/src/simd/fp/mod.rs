@@ -19,6 +19,8 @@ mod host;
 mod ops;
 mod scalar;
 mod softfloat;
+#[cfg(test)]
+mod tests;
 mod vector;
 
 use super::DataFn;
