@@ -5,6 +5,7 @@
 //! from others. System registers go by their architectural encoding, so that every backend speaks the
 //! same [`VcpuState`].
 
+mod soft;
 mod state;
 
 use std::sync::Arc;
@@ -13,15 +14,22 @@ use serde::{Deserialize, Serialize};
 use squib_devices::{device::MachineDevice, irq::IrqChip, map::Range, memory::GuestRam};
 use squib_formats::persist::{PersistError, Section};
 
+pub use soft::SoftVm;
 pub use state::{ExclusiveMonitor, VcpuState};
 
 use crate::config::{BackendKind, MachineConfig};
 
 /// A virtual machine on the backend that `config` names, with `ram` at its place.
 pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError> {
-    let _ = ram;
-    let backend = config.backend;
-    Err(HypervisorError::Unavailable { backend, why: "this build does not have it".to_owned() })
+    match config.backend {
+        BackendKind::Soft => {
+            Ok(Arc::new(SoftVm::new(config.vcpus, ram, config.deterministic.is_some())))
+        }
+        backend @ (BackendKind::Hvf | BackendKind::Kvm) => Err(HypervisorError::Unavailable {
+            backend,
+            why: "this build does not have it".to_owned(),
+        }),
+    }
 }
 
 /// One virtual machine of a backend: guest-physical memory, the interrupt chip and the counter.
