@@ -317,3 +317,270 @@ pub struct RateLimiterState {
     /// Requests.
     pub ops: Option<BucketState>,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::virtio::test_driver::ManualClock;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn config(size: u64, one_time_burst: u64, refill_time_ms: u64) -> BucketConfig {
+        BucketConfig { size, one_time_burst, refill_time_ms }
+    }
+
+    fn bucket(config: BucketConfig, clock: &Arc<ManualClock>) -> TokenBucket {
+        TokenBucket::new(config, clock.clone()).unwrap()
+    }
+
+    /// A bucket on another machine that takes over `state` when its clocks show these times.
+    fn restored(state: BucketState, monotonic: u64, wall: u64) -> (TokenBucket, Arc<ManualClock>) {
+        let clock = ManualClock::new(monotonic, wall);
+        let mut bucket = bucket(state.config, &clock);
+        bucket.check("test", "bucket", &state).unwrap();
+        bucket.apply(state);
+        assert_eq!(bucket.save(), state);
+        bucket.credit_away();
+        (bucket, clock)
+    }
+
+    #[test]
+    fn a_bucket_that_cannot_work_is_refused() {
+        let new = |config| TokenBucket::new(config, ManualClock::new(0, 0)).err();
+        assert_eq!(new(config(0, 5, 5)), Some(BucketError::Size));
+        assert_eq!(new(config(5, 5, 0)), Some(BucketError::RefillTime(0)));
+        let long = MAX_REFILL_MS + 1;
+        assert_eq!(new(config(5, 5, long)), Some(BucketError::RefillTime(long)));
+        assert_eq!(new(config(u64::MAX, u64::MAX, MAX_REFILL_MS)), None);
+    }
+
+    #[test]
+    fn the_burst_is_spent_first_and_never_comes_back() {
+        let clock = ManualClock::new(0, 0);
+        let mut bucket = bucket(config(10, 5, 1000), &clock);
+        assert_eq!(bucket.available(), 15);
+        bucket.take(7).unwrap();
+        assert_eq!((bucket.burst, bucket.budget), (0, 8));
+        clock.advance(Duration::from_secs(100));
+        assert_eq!(bucket.available(), 10);
+    }
+
+    #[test]
+    fn an_empty_bucket_says_exactly_how_long_to_wait() {
+        let clock = ManualClock::new(0, 0);
+        let mut bucket = bucket(config(3, 0, 1000), &clock);
+        bucket.take(3).unwrap();
+        let wait = bucket.take(1).unwrap_err();
+        assert_eq!(wait, Duration::from_nanos(333_333_334));
+        clock.advance(wait - Duration::from_nanos(1));
+        assert_eq!(bucket.take(1), Err(Duration::from_nanos(1)));
+        clock.advance(Duration::from_nanos(1));
+        bucket.take(1).unwrap();
+        assert!(bucket.take(1).is_err());
+    }
+
+    #[test]
+    fn a_demand_above_the_size_passes_a_full_bucket_and_is_paid_off() {
+        let clock = ManualClock::new(0, 0);
+        let mut bucket = bucket(config(10, 0, 1000), &clock);
+        bucket.take(35).unwrap();
+        assert_eq!(bucket.take(1), Err(Duration::from_millis(2600)));
+        clock.advance(Duration::from_millis(2500));
+        assert_eq!(bucket.available(), 0);
+        clock.advance(Duration::from_millis(100));
+        bucket.take(1).unwrap();
+    }
+
+    #[test]
+    fn time_away_is_credited_up_to_a_full_bucket_without_the_burst() {
+        let clock = ManualClock::new(5 * SECOND, 1000 * SECOND);
+        let mut bucket = bucket(config(10, 4, 1000), &clock);
+        bucket.take(14).unwrap();
+        let state = bucket.save();
+        let (mut half, _) = restored(state, 7, 1000 * SECOND + SECOND / 2);
+        assert_eq!(half.available(), 5);
+        let (mut long, clock) = restored(state, 7, 5000 * SECOND);
+        assert_eq!(long.available(), 10);
+        clock.advance(Duration::from_secs(9));
+        assert_eq!(long.available(), 10);
+    }
+
+    #[test]
+    fn a_wall_clock_that_went_back_credits_nothing_and_the_refill_goes_on() {
+        let clock = ManualClock::new(5 * SECOND, 1000 * SECOND);
+        let mut bucket = bucket(config(10, 4, 1000), &clock);
+        bucket.take(14).unwrap();
+        let (mut back, clock) = restored(bucket.save(), u64::MAX / 2, 3);
+        assert_eq!(back.available(), 0);
+        clock.advance(Duration::from_millis(300));
+        assert_eq!(back.available(), 3);
+    }
+
+    #[test]
+    fn a_state_of_another_bucket_or_out_of_range_is_refused() {
+        let clock = ManualClock::new(0, 0);
+        let bucket = bucket(config(10, 4, 1000), &clock);
+        let good = bucket.save();
+        for bad in [
+            BucketState { config: config(11, 4, 1000), ..good },
+            BucketState { budget: 11, ..good },
+            BucketState { burst: 5, ..good },
+            BucketState { debt: 1, ..good },
+            BucketState { fraction: 1, ..good },
+            BucketState { budget: 0, fraction: SECOND, ..good },
+        ] {
+            assert!(bucket.check("test", "bucket", &bad).is_err(), "{bad:?}");
+        }
+        bucket.check("test", "bucket", &BucketState { budget: 0, debt: u64::MAX, ..good }).unwrap();
+    }
+
+    #[test]
+    fn a_request_that_one_limit_holds_back_costs_the_other_nothing() {
+        let clock = ManualClock::new(0, 0);
+        let limits = RateLimiterConfig {
+            bandwidth: Some(config(1000, 0, 1000)),
+            ops: Some(config(5, 2, 1_000_000)),
+        };
+        let mut limiter = RateLimiter::new(&limits, &(clock.clone() as Arc<dyn Clock>)).unwrap();
+        limiter.take(1000).unwrap();
+        let before = limiter.save().ops;
+        for _ in 0..10 {
+            limiter.take(1).unwrap_err();
+        }
+        assert_eq!(limiter.save().ops, before);
+    }
+
+    #[test]
+    fn a_limit_on_one_side_only_is_refused() {
+        let clock: Arc<dyn Clock> = ManualClock::new(0, 0);
+        let ops = Some(config(5, 2, 1000));
+        let with = RateLimiter::new(&RateLimiterConfig { bandwidth: None, ops }, &clock).unwrap();
+        let without = RateLimiter::new(&RateLimiterConfig::default(), &clock).unwrap();
+        assert!(without.check("test", &with.save()).is_err());
+        assert!(with.check("test", &without.save()).is_err());
+        with.check("test", &with.save()).unwrap();
+    }
+
+    /// What happens to a bucket: time passes, or somebody asks.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Pass(u64),
+        Take(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0..3 * SECOND).prop_map(Step::Pass),
+            any::<u64>().prop_map(Step::Pass),
+            (0u64..200).prop_map(Step::Take),
+            any::<u64>().prop_map(Step::Take),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_more_passes_than_bucket_burst_and_time_allow(
+            size in 1u64..100,
+            burst in 0u64..50,
+            refill_ms in 1u64..5000,
+            steps in prop::collection::vec((0..SECOND, 0u64..150), 1..80),
+        ) {
+            let clock = ManualClock::new(0, 0);
+            let mut bucket = bucket(config(size, burst, refill_ms), &clock);
+            let mut passed = 0u128;
+            for (pause, tokens) in steps {
+                clock.advance(Duration::from_nanos(pause));
+                if bucket.take(tokens).is_ok() {
+                    passed += u128::from(tokens);
+                }
+                let now = u128::from(clock.monotonic_ns());
+                let earned = now * u128::from(size) / (u128::from(refill_ms) * 1_000_000);
+                // A debt is what was taken ahead of its time.
+                let allowed = u128::from(size + burst) + earned + u128::from(bucket.debt);
+                prop_assert!(passed <= allowed, "{passed} of {allowed}");
+            }
+        }
+
+        #[test]
+        fn after_the_wait_that_was_asked_for_a_demand_passes(
+            size in 1u64.., burst in any::<u64>(), refill_ms in 1..=MAX_REFILL_MS,
+            first in any::<u64>(), second in any::<u64>(),
+        ) {
+            let clock = ManualClock::new(0, 0);
+            let mut bucket = bucket(config(size, burst, refill_ms), &clock);
+            bucket.take(first).unwrap();
+            if let Err(wait) = bucket.take(second)
+                && wait < Duration::from_nanos(u64::MAX)
+            {
+                clock.monotonic.store(wait.as_nanos() as u64, Ordering::SeqCst);
+                prop_assert_eq!(bucket.take(second), Ok(()));
+            }
+        }
+
+        #[test]
+        fn a_restored_bucket_answers_as_the_one_that_stayed(
+            size in 1u64.., burst in any::<u64>(), refill_ms in 1..=MAX_REFILL_MS,
+            before in prop::collection::vec(step(), 0..20),
+            away in 0..10 * SECOND,
+            after in prop::collection::vec(step(), 0..20),
+        ) {
+            let clock = ManualClock::new(77, 1 << 60);
+            let mut stayed = bucket(config(size, burst, refill_ms), &clock);
+            let run = |bucket: &mut TokenBucket, clock: &ManualClock, steps: &[Step]| {
+                let mut answers = Vec::new();
+                for step in steps {
+                    match *step {
+                        Step::Pass(ns) => clock.advance(Duration::from_nanos(ns >> 20)),
+                        Step::Take(tokens) => answers.push(bucket.take(tokens)),
+                    }
+                }
+                answers
+            };
+            run(&mut stayed, &clock, &before);
+            stayed.refill();
+            let state = stayed.save();
+            clock.advance(Duration::from_nanos(away));
+            let wall = clock.wall_ns();
+            let (mut restored, other) = restored(state, 3, wall);
+            prop_assert_eq!(
+                run(&mut restored, &other, &after),
+                run(&mut stayed, &clock, &after)
+            );
+            stayed.refill();
+            restored.refill();
+            prop_assert_eq!(stayed.save(), restored.save());
+        }
+
+        #[test]
+        fn any_state_that_is_taken_over_works_on(
+            size in 1u64.., burst in any::<u64>(), refill_ms in 1..=MAX_REFILL_MS,
+            fields in any::<[u64; 5]>(),
+            steps in prop::collection::vec(step(), 0..20),
+        ) {
+            let config = config(size, burst, refill_ms);
+            let [budget, left, debt, fraction, refilled_wall_ns] = fields;
+            let state =
+                BucketState { config, budget, burst: left, debt, fraction, refilled_wall_ns };
+            let clock = ManualClock::new(0, 1 << 60);
+            let mut bucket = bucket(config, &clock);
+            if bucket.check("test", "bucket", &state).is_ok() {
+                bucket.apply(state);
+                bucket.credit_away();
+            }
+            for step in steps {
+                match step {
+                    Step::Pass(ns) => {
+                        clock.monotonic.fetch_add(ns, Ordering::SeqCst);
+                    }
+                    Step::Take(tokens) => drop(bucket.take(tokens)),
+                }
+                prop_assert!(bucket.budget <= size && bucket.burst <= burst);
+                bucket.check("test", "bucket", &bucket.save()).unwrap();
+            }
+        }
+    }
+}

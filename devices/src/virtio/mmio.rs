@@ -120,6 +120,11 @@ impl<D: VirtioDevice> VirtioMmio<D> {
         &mut self.device
     }
 
+    #[cfg(test)]
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     fn status(&self) -> u32 {
         let needs_reset = if self.signals.failed() { DEVICE_NEEDS_RESET } else { 0 };
         self.registers.status | needs_reset
@@ -420,3 +425,7 @@ impl<D: VirtioDevice> Persist for VirtioMmio<D> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

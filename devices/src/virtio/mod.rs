@@ -23,7 +23,7 @@ pub mod rng;
 pub mod state;
 
 #[cfg(test)]
-mod test_driver;
+pub(crate) mod test_driver;
 
 use std::{
     sync::{
@@ -34,17 +34,18 @@ use std::{
 };
 
 use squib_formats::persist::{PersistError, Versioned};
+use virtio_bindings::{virtio_config, virtio_ring};
 
 use crate::{device::PauseError, irq::IrqLine, memory::GuestRam};
 use queue::VirtQueue;
 use state::TransportState;
 
 /// `VIRTIO_F_VERSION_1` (6): the device follows virtio 1.0 or later.
-pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+pub const VIRTIO_F_VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 /// `VIRTIO_F_INDIRECT_DESC` (6): chains may lie in tables of their own.
-pub const VIRTIO_F_INDIRECT_DESC: u64 = 1 << 28;
+pub const VIRTIO_F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 /// `VIRTIO_F_EVENT_IDX` (6): both sides say from which index on they want to be told.
-pub const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
+pub const VIRTIO_F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 /// Features that the transport and the queues add to those of every device.
 pub const TRANSPORT_FEATURES: u64 =
     VIRTIO_F_VERSION_1 | VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX;
@@ -110,6 +111,7 @@ pub trait VirtioDevice: Send {
     fn check(&self, state: Self::State) -> Result<(TransportState, Self::Checked), PersistError>;
 
     /// Takes over what was checked; called on a device that was just reset, before queues and driver.
+    /// From here on the device is paused: it leaves guest memory alone until [`resume`](Self::resume).
     fn apply(&mut self, checked: Self::Checked);
 }
 

@@ -248,3 +248,118 @@ mod state {
 
     first_version!(RngState, "virtio-rng");
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use squib_formats::persist::{restore_section, save_section};
+
+    use super::*;
+    use crate::{
+        device::{MmioDevice, Pause},
+        memory::GuestRam,
+        virtio::{
+            mmio::VirtioMmio,
+            test_driver::{BUFFERS, Driver, RAM_SIZE, WRITE, line},
+        },
+    };
+
+    fn seeded() -> Rng {
+        Rng::new(Entropy::seeded([7; 32]))
+    }
+
+    fn draw(driver: &mut Driver<Rng>, len: u32) -> Vec<u8> {
+        let head = driver.chain(&[(BUFFERS, len, WRITE)]);
+        let written = driver.submit(head);
+        driver.get_vec(BUFFERS, written as usize)
+    }
+
+    squib_formats::persist_contract! {
+        mod rng_contract,
+        device: VirtioMmio<Rng>,
+        fresh: || VirtioMmio::new(seeded(), GuestRam::new(RAM_SIZE).unwrap(), line()),
+        change: |device| {
+            let fresh = VirtioMmio::new(seeded(), GuestRam::new(RAM_SIZE).unwrap(), line());
+            let mut driver = Driver::adopt(std::mem::replace(device, fresh));
+            driver.start(u64::MAX);
+            draw(&mut driver, 100);
+            *device = driver.dev;
+        },
+    }
+
+    #[test]
+    fn every_request_gets_other_bytes_from_both_sources() {
+        for entropy in [Entropy::Os, Entropy::seeded([1; 32])] {
+            let mut driver = Driver::started(Rng::new(entropy), u64::MAX);
+            let draws: HashSet<_> = (0..50).map(|_| draw(&mut driver, 32)).collect();
+            assert_eq!(draws.len(), 50);
+        }
+    }
+
+    #[test]
+    fn equal_seeds_give_equal_bytes_and_other_seeds_others() {
+        let first = |seed| {
+            let mut driver = Driver::started(Rng::new(Entropy::seeded([seed; 32])), u64::MAX);
+            (draw(&mut driver, 5000), draw(&mut driver, 3))
+        };
+        assert_eq!(first(1), first(1));
+        assert_ne!(first(1), first(2));
+    }
+
+    #[test]
+    fn a_request_gets_no_more_than_the_limit_and_is_told_so() {
+        let mut driver = Driver::started(seeded(), u64::MAX);
+        let head = driver.chain(&[(BUFFERS, 0x1_8001, WRITE)]);
+        assert_eq!(u64::from(driver.submit(head)), MAX_REQUEST);
+        assert_eq!(driver.get::<8>(BUFFERS + MAX_REQUEST), [0; 8]);
+        assert_ne!(driver.get::<8>(BUFFERS + MAX_REQUEST - 8), [0; 8]);
+    }
+
+    #[test]
+    fn a_buffer_outside_ram_asks_for_a_reset() {
+        let mut driver = Driver::started(seeded(), u64::MAX);
+        let head = driver.chain(&[(0x1000, 64, WRITE)]);
+        driver.offer(head);
+        driver.ring();
+        assert_eq!(driver.r(0x70), 0x4f);
+        assert_eq!(driver.used_idx(), 0);
+    }
+
+    #[test]
+    fn a_restored_seeded_device_goes_on_in_its_stream() {
+        let mut whole = Driver::started(seeded(), u64::MAX);
+        draw(&mut whole, 10);
+        let section = save_section("rng", &whole.dev).unwrap();
+        let mut restored = whole.moved_to(Rng::new(Entropy::seeded([0; 32])));
+        restore_section(&mut restored.dev, &section).unwrap();
+        restored.dev.resume();
+        assert_eq!(draw(&mut whole, 77), draw(&mut restored, 77));
+    }
+
+    #[test]
+    fn a_restored_device_on_the_host_s_entropy_gets_fresh_bytes() {
+        let mut whole = Driver::started(seeded(), u64::MAX);
+        let section = save_section("rng", &whole.dev).unwrap();
+        let mut clones: Vec<_> = (0..2).map(|_| whole.moved_to(Rng::new(Entropy::Os))).collect();
+        let mut draws = HashSet::from([draw(&mut whole, 32)]);
+        for clone in &mut clones {
+            restore_section(&mut clone.dev, &section).unwrap();
+            clone.dev.resume();
+            draws.insert(draw(clone, 32));
+        }
+        assert_eq!(draws.len(), 3);
+    }
+
+    #[test]
+    fn a_chain_that_was_not_rung_for_is_not_answered_by_a_resume() {
+        let mut driver = Driver::started(seeded(), u64::MAX);
+        let head = driver.chain(&[(BUFFERS, 16, WRITE)]);
+        driver.offer(head);
+        driver.dev.pause(Instant::now()).unwrap();
+        driver.dev.resume();
+        assert_eq!(driver.used_idx(), 0);
+        driver.dev.write(0x50, 4, 0);
+        assert_eq!(driver.wait(), (0, 16));
+    }
+}

@@ -25,10 +25,10 @@ pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
 pub(crate) const RAM_SIZE: u64 = 1 << 20;
-const DESC: u64 = RAM_BASE;
-const AVAIL: u64 = RAM_BASE + 0x4000;
-const USED: u64 = RAM_BASE + 0x5000;
-const TABLE: u64 = RAM_BASE + 0x7000;
+pub(crate) const DESC: u64 = RAM_BASE;
+pub(crate) const AVAIL: u64 = RAM_BASE + 0x4000;
+pub(crate) const USED: u64 = RAM_BASE + 0x5000;
+pub(crate) const TABLE: u64 = RAM_BASE + 0x7000;
 /// From here on memory is free for buffers.
 pub(crate) const BUFFERS: u64 = RAM_BASE + 0x1_0000;
 
@@ -41,6 +41,11 @@ impl IrqChip for Edges {
         assert_eq!(intid, 48);
         self.0.fetch_add(level.into(), Ordering::SeqCst);
     }
+}
+
+/// An interrupt line that nobody listens to.
+pub(crate) fn line() -> IrqLine {
+    IrqLine::new(Arc::new(Edges::default()), 48)
 }
 
 /// Time that stands still until it is told.
@@ -94,6 +99,12 @@ impl<D: VirtioDevice> Driver<D> {
     pub(crate) fn with_ram(device: D, ram: GuestRam) -> Self {
         let edges = Arc::new(Edges::default());
         let dev = VirtioMmio::new(device, ram.clone(), IrqLine::new(edges.clone(), 48));
+        Self { dev, ram, edges, size: 16, avail_idx: 0, used_idx: 0, next_desc: 0 }
+    }
+
+    /// A driver for a device whose registers exist already; interrupts are not counted.
+    pub(crate) fn adopt(dev: VirtioMmio<D>) -> Self {
+        let (ram, edges) = (dev.ram().clone(), Arc::new(Edges::default()));
         Self { dev, ram, edges, size: 16, avail_idx: 0, used_idx: 0, next_desc: 0 }
     }
 
@@ -205,6 +216,13 @@ impl<D: VirtioDevice> Driver<D> {
 
     pub(crate) fn set_avail_flags(&self, flags: u16) {
         self.put(AVAIL, &flags.to_le_bytes());
+    }
+
+    /// Goes on from index `idx`, as after that many requests.
+    pub(crate) fn set_indexes(&mut self, idx: u16) {
+        (self.avail_idx, self.used_idx) = (idx, idx);
+        self.set_avail_idx(idx);
+        self.ram.store(idx.to_le(), GuestAddress(USED + 2), Ordering::Release).unwrap();
     }
 
     pub(crate) fn set_used_event(&self, event: u16) {

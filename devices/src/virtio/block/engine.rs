@@ -74,12 +74,6 @@ impl BlockEngine {
         self.queue = None;
     }
 
-    pub(super) fn credit_away(&mut self) {
-        if let Some(limiter) = &mut self.limiter {
-            limiter.resume();
-        }
-    }
-
     pub(super) fn save(&self) -> CheckedBlock {
         // Disk and mode are the machine's, link and queue the transport's part.
         let Self {
@@ -183,6 +177,12 @@ impl Engine for BlockEngine {
             queue.notified = false;
         }
         Rest::Idle
+    }
+
+    fn resumed(&mut self) {
+        if let Some(limiter) = &mut self.limiter {
+            limiter.resume();
+        }
     }
 }
 

@@ -53,22 +53,24 @@ const _: () = assert!(MAX_WRITE_ZEROES_SEGMENTS <= MAX_DISCARD_SEGMENTS);
 
 /// Feature bits (5.2.3).
 pub mod feature {
+    use virtio_bindings::virtio_blk as spec;
+
     /// `seg_max` is valid.
-    pub const SEG_MAX: u64 = 1 << 2;
+    pub const SEG_MAX: u64 = 1 << spec::VIRTIO_BLK_F_SEG_MAX;
     /// The disk is read-only.
-    pub const RO: u64 = 1 << 5;
+    pub const RO: u64 = 1 << spec::VIRTIO_BLK_F_RO;
     /// `blk_size` is valid.
-    pub const BLK_SIZE: u64 = 1 << 6;
+    pub const BLK_SIZE: u64 = 1 << spec::VIRTIO_BLK_F_BLK_SIZE;
     /// Flush requests.
-    pub const FLUSH: u64 = 1 << 9;
+    pub const FLUSH: u64 = 1 << spec::VIRTIO_BLK_F_FLUSH;
     /// `topology` is valid.
-    pub const TOPOLOGY: u64 = 1 << 10;
+    pub const TOPOLOGY: u64 = 1 << spec::VIRTIO_BLK_F_TOPOLOGY;
     /// `writeback` is valid and can be written.
-    pub const CONFIG_WCE: u64 = 1 << 11;
+    pub const CONFIG_WCE: u64 = 1 << spec::VIRTIO_BLK_F_CONFIG_WCE;
     /// Discard requests.
-    pub const DISCARD: u64 = 1 << 13;
+    pub const DISCARD: u64 = 1 << spec::VIRTIO_BLK_F_DISCARD;
     /// Write-zeroes requests.
-    pub const WRITE_ZEROES: u64 = 1 << 14;
+    pub const WRITE_ZEROES: u64 = 1 << spec::VIRTIO_BLK_F_WRITE_ZEROES;
 }
 
 /// Where `writeback` lies in the configuration space (5.2.4).
@@ -307,7 +309,7 @@ impl VirtioDevice for Block {
     }
 
     fn pause(&mut self, deadline: Instant) -> Result<(), PauseError> {
-        self.runner.pause(deadline).map_err(|why| match why {
+        self.runner.pause(Some(deadline)).map_err(|why| match why {
             // The worker carries out one request at a time.
             NotHome::Deadline => PauseError::Deadline { device: self.id.clone(), in_flight: 1 },
             NotHome::WorkerGone => PauseError::WorkerGone { device: self.id.clone() },
@@ -315,7 +317,6 @@ impl VirtioDevice for Block {
     }
 
     fn resume(&mut self) {
-        let _ = self.runner.with(BlockEngine::credit_away);
         self.runner.resume();
     }
 
@@ -363,6 +364,8 @@ impl VirtioDevice for Block {
     }
 
     fn apply(&mut self, checked: CheckedBlock) {
+        // What was notified before the snapshot waits for `resume`: the guest's memory may come later.
+        let _ = self.runner.pause(None);
         let _ = self.runner.with(|engine| engine.apply(checked));
     }
 }

@@ -2,6 +2,12 @@
 
 use std::io;
 
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR as S_IOERR, VIRTIO_BLK_S_OK as S_OK, VIRTIO_BLK_S_UNSUPP as S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD as T_DISCARD, VIRTIO_BLK_T_FLUSH as T_FLUSH,
+    VIRTIO_BLK_T_GET_ID as T_GET_ID, VIRTIO_BLK_T_IN as T_IN, VIRTIO_BLK_T_OUT as T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES as T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP as RANGE_UNMAP,
+};
 use vm_memory::{GuestMemoryError, VolatileSlice};
 
 use super::{
@@ -14,29 +20,10 @@ use crate::{
     virtio::queue::{Buffers, Chain, QueueFault},
 };
 
-/// Request types (5.2.6).
-mod kind {
-    pub(super) const IN: u32 = 0;
-    pub(super) const OUT: u32 = 1;
-    pub(super) const FLUSH: u32 = 4;
-    pub(super) const GET_ID: u32 = 8;
-    pub(super) const DISCARD: u32 = 11;
-    pub(super) const WRITE_ZEROES: u32 = 13;
-}
-
-/// `VIRTIO_BLK_S_OK` (5.2.6).
-const S_OK: u8 = 0;
-/// `VIRTIO_BLK_S_IOERR` (5.2.6).
-const S_IOERR: u8 = 1;
-/// `VIRTIO_BLK_S_UNSUPP` (5.2.6).
-const S_UNSUPP: u8 = 2;
-
 /// Bytes of `struct virtio_blk_req` before the data: type, reserved, sector.
 const HEADER_SIZE: u64 = 16;
 /// Bytes of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_SIZE: u64 = 16;
-/// Its `unmap` flag.
-const RANGE_UNMAP: u32 = 1;
 
 /// A chain that is well-formed: it has a header and a place for the status.
 pub(super) struct Request {
@@ -97,8 +84,8 @@ impl Request {
     /// Bytes that count against a bandwidth limit.
     pub(super) fn cost(&self) -> u64 {
         match self.kind {
-            kind::IN => self.room,
-            kind::OUT => self.sent,
+            T_IN => self.room,
+            T_OUT => self.sent,
             _ => 0,
         }
     }
@@ -122,7 +109,7 @@ impl Request {
                 (if unsupported { S_UNSUPP } else { S_IOERR }, 0)
             }
         };
-        chain.writable.write(target.ram, self.room, &[status])?;
+        chain.writable.write(target.ram, self.room, &[status as u8])?;
         // Below 2^32: a chain is not longer. On an error the data part may hold anything.
         Ok((data + 1) as u32)
     }
@@ -130,36 +117,36 @@ impl Request {
     /// Gives the bytes of data written to the chain.
     fn perform(&self, chain: &Chain, target: &Target<'_>) -> Result<u64, Refusal> {
         let Target { disk, ram, read_only, write_through, .. } = *target;
-        let writes = matches!(self.kind, kind::OUT | kind::DISCARD | kind::WRITE_ZEROES);
+        let writes = matches!(self.kind, T_OUT | T_DISCARD | T_WRITE_ZEROES);
         if writes && read_only {
             return Err(Refusal::Invalid("the disk is read-only"));
         }
         match self.kind {
-            kind::IN => {
+            T_IN => {
                 let at = byte_range(self.sector, self.room, disk.size())?;
                 moved(&chain.writable, 0, self.room, ram, at, |at, part| disk.read_at(at, part))?;
                 return Ok(self.room);
             }
-            kind::OUT => {
+            T_OUT => {
                 let at = byte_range(self.sector, self.sent, disk.size())?;
                 moved(&chain.readable, HEADER_SIZE, self.sent, ram, at, |at, part| {
                     disk.write_at(at, part)
                 })?;
             }
-            kind::FLUSH if read_only => {}
-            kind::FLUSH => disk.flush()?,
-            kind::GET_ID => {
+            T_FLUSH if read_only => {}
+            T_FLUSH => disk.flush()?,
+            T_GET_ID => {
                 let len = self.room.min(SERIAL_SIZE as u64);
                 chain.writable.write(ram, 0, &target.serial[..len as usize])?;
                 return Ok(len);
             }
-            kind::DISCARD => self.ranges(chain, target, MAX_DISCARD_SEGMENTS, |range| {
+            T_DISCARD => self.ranges(chain, target, MAX_DISCARD_SEGMENTS, |range| {
                 if range.unmap {
                     return Err(Refusal::Unsupported);
                 }
                 range.check(MAX_DISCARD_SECTORS, disk).map(|_| ())
             })?,
-            kind::WRITE_ZEROES => {
+            T_WRITE_ZEROES => {
                 self.ranges(chain, target, MAX_WRITE_ZEROES_SEGMENTS, |range| {
                     range.check(MAX_WRITE_ZEROES_SECTORS, disk).map(|_| ())
                 })?;
@@ -202,7 +189,7 @@ impl Request {
         for range in ranges.iter().filter(|range| range.sectors > 0) {
             // Checked above: inside the disk.
             let (at, len) = (range.sector * SECTOR_SIZE, u64::from(range.sectors) * SECTOR_SIZE);
-            if self.kind == kind::DISCARD {
+            if self.kind == T_DISCARD {
                 disk.discard(at, len)?;
             } else {
                 disk.write_zeroes(at, len, range.unmap)?;

@@ -22,6 +22,9 @@ pub(super) trait Engine: Send + 'static {
 
     /// Carries out requests until there are none, or until `halt` is set; whole ones only.
     fn run(&mut self, halt: &AtomicBool) -> Rest;
+
+    /// The machine goes on after a pause or a restore.
+    fn resumed(&mut self);
 }
 
 /// Why an engine came to rest.
@@ -75,10 +78,11 @@ impl<E: Engine> Runner<E> {
         }
     }
 
-    /// Lets the engine come to rest and stay there until [`resume`](Self::resume).
-    pub(super) fn pause(&self, deadline: Instant) -> Result<(), NotHome> {
+    /// Lets the engine come to rest and stay there until [`resume`](Self::resume). Without a deadline
+    /// it waits as long as a request takes.
+    pub(super) fn pause(&self, deadline: Option<Instant>) -> Result<(), NotHome> {
         let Self::Worker(worker) = self else { return Ok(()) };
-        let mut control = worker.halt(Some(deadline))?;
+        let mut control = worker.halt(deadline)?;
         control.paused = true;
         worker.release(control);
         Ok(())
@@ -91,12 +95,18 @@ impl<E: Engine> Runner<E> {
         match self {
             Self::Inline(engine) => {
                 let mut engine = engine.lock();
+                engine.resumed();
                 if engine.has_work() {
                     engine.run(&AtomicBool::new(false));
                 }
             }
             Self::Worker(worker) => {
                 let mut control = worker.shared.control.lock();
+                // An engine that is at work was not paused. It is not waited for, so that a request
+                // that hangs does not keep the machine from going on after a pause that failed.
+                if let Some(engine) = &mut control.engine {
+                    engine.resumed();
+                }
                 control.paused = false;
                 control.retry_at = None;
                 control.rung = true;
