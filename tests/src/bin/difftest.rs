@@ -4,12 +4,13 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use clap::Parser;
-use squib_soft::testing::State;
+use squib_soft::testing::{self, State};
+use squib_tests::difftest::Case;
 use squib_tests::difftest::classes::{self, CLASSES, Class};
-use squib_tests::difftest::compare::{self, Report};
+use squib_tests::difftest::compare::{self, Report, Side};
+use squib_tests::difftest::machine::Stepping;
 use squib_tests::difftest::record;
 use squib_tests::difftest::values::{self, Rng};
-use squib_tests::difftest::{Case, End};
 
 /// Compares the software CPU with qemu-aarch64, instruction by instruction.
 #[derive(Parser)]
@@ -28,6 +29,12 @@ struct Args {
     /// Run this instruction word only, with random operands.
     #[arg(long, value_parser = parse_word)]
     word: Option<u32>,
+    /// Run FP and SIMD on a whole CPU too, not only the instruction functions.
+    #[arg(long)]
+    cpu: bool,
+    /// Run the CPU on the deterministic clock, at most this many instructions a call.
+    #[arg(long)]
+    step: Option<u64>,
     /// Print one vector of every instruction that both sides agree on, for a unit test.
     #[arg(long)]
     record: bool,
@@ -73,32 +80,38 @@ fn main() -> anyhow::Result<ExitCode> {
     for class in &selected {
         let mut rng = Rng::new(args.seed);
         if args.record {
-            record::record(class, args.count, args.float, || draw(class, &args, &mut rng))?;
+            record::record(class, args.count, args.float, || draw(class, &args, &mut rng, 0))?;
             continue;
         }
-        let report =
-            compare::run(&class.qemu(), class.key, args.count, |_| draw(class, &args, &mut rng))?;
+        let side = match args.step {
+            Some(n) => Side::Cpu(Stepping::Instructions(n)),
+            None if class.is_simd() && !args.cpu => Side::Data,
+            None => Side::Cpu(Stepping::Blocks),
+        };
+        let report = compare::run(&class.qemu(), side, class.key, args.count, |i| {
+            draw(class, &args, &mut rng, i)
+        })?;
         failed += print(class, &report, &args);
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn draw(class: &Class, args: &Args, rng: &mut Rng) -> Case {
-    /// A class without a single allocated word must end as well.
-    const TRIES: usize = 10_000;
-    let mut case = class.case(rng);
+fn draw(class: &Class, args: &Args, rng: &mut Rng, index: usize) -> Case {
+    let mut word = class.word(rng);
     if args.allocated {
-        let mut probe = Case { insn: case.insn, state: State::default(), memory: Vec::new() };
+        /// A class without a single allocated word must end as well.
+        const TRIES: usize = 10_000;
+        let allocated = |word| testing::execute_data(word, &mut State::default());
         for _ in 0..TRIES {
-            if compare::execute(&probe).end != End::UNDEFINED {
+            if allocated(word) {
                 break;
             }
-            probe.insn = rng.next_u32() & !class.mask | class.bits;
+            word = class.word(rng);
         }
-        case.insn = probe.insn;
     }
+    let mut case = class.operands.case(word, rng, index);
     if args.float {
-        values::floats(rng, case.insn, &mut case.state);
+        values::floats(rng, word, &mut case.state);
     }
     case
 }

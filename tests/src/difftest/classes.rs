@@ -1,6 +1,7 @@
 //! Encoding classes (Arm ARM C4.1) and random words of them.
 
-use super::values::{self, Rng};
+use super::cases::Operands;
+use super::values::Rng;
 use super::{Case, Qemu};
 
 /// One encoding class: words with `insn & mask == bits`, all other bits random.
@@ -16,13 +17,33 @@ pub struct Class {
     pub key: u32,
     /// QEMU's CPU model.
     pub cpu: &'static str,
+    /// What the instructions need to find in the registers.
+    pub operands: Operands,
 }
 
 /// ARMv8.0-A with CRC32 and the cryptographic extension.
 const V8_0: &str = "cortex-a72";
 
+/// With LSE, and much that squib leaves out.
+const MAX: &str = "max";
+
 const fn simd(name: &'static str, mask: u32, bits: u32, key: u32) -> Class {
-    Class { name, mask, bits, key, cpu: V8_0 }
+    Class { name, mask, bits, key, cpu: V8_0, operands: Operands::Data }
+}
+
+const fn int(name: &'static str, mask: u32, bits: u32, key: u32) -> Class {
+    Class { name, mask, bits, key, cpu: V8_0, operands: Operands::Integer }
+}
+
+const fn mem(
+    name: &'static str,
+    mask: u32,
+    bits: u32,
+    key: u32,
+    cpu: &'static str,
+    operands: Operands,
+) -> Class {
+    Class { name, mask, bits, key, cpu, operands }
 }
 
 /// Every class.
@@ -64,6 +85,62 @@ pub const CLASSES: &[Class] = &[
     simd("fp-convert-fixed", 0x5F20_0000, 0x1E00_0000, 0xA0DF_0000),
     // The whole group, so that nothing is decoded that lies between the classes.
     simd("simd-all", 0x0E00_0000, 0x0E00_0000, 0xF1E0_FC00),
+    int("int-pc-relative", 0x1F00_0000, 0x1000_0000, 0x8000_0000),
+    int("int-add-sub-immediate", 0x1F80_0000, 0x1100_0000, 0xE040_0000),
+    int("int-add-sub-tags", 0x1F80_0000, 0x1180_0000, 0xE040_0000),
+    int("int-logical-immediate", 0x1F80_0000, 0x1200_0000, 0xE040_0000),
+    int("int-move-wide", 0x1F80_0000, 0x1280_0000, 0xE060_0000),
+    int("int-bitfield", 0x1F80_0000, 0x1300_0000, 0xE040_0000),
+    int("int-extract", 0x1F80_0000, 0x1380_0000, 0xE060_0000),
+    int("int-logical-shifted", 0x1F00_0000, 0x0A00_0000, 0xE0E0_0000),
+    int("int-add-sub-shifted", 0x1F20_0000, 0x0B00_0000, 0xE0C0_0000),
+    int("int-add-sub-extended", 0x1F20_0000, 0x0B20_0000, 0xE0C0_E000),
+    int("int-add-sub-carry", 0x1FE0_FC00, 0x1A00_0000, 0xE000_0000),
+    int("int-flags", 0x1FE0_0000, 0x1A00_0000, 0xE000_FC10),
+    int("int-conditional-compare", 0x1FE0_0000, 0x1A40_0000, 0xE000_0C10),
+    int("int-conditional-select", 0x1FE0_0000, 0x1A80_0000, 0xE000_0C00),
+    int("int-data2", 0x5FE0_8000, 0x1AC0_0000, 0xA000_7C00),
+    int("int-data1", 0x5FFF_C000, 0x5AC0_0000, 0xA000_3C00),
+    int("int-data1-all", 0x5FE0_0000, 0x5AC0_0000, 0xA01F_FC00),
+    int("int-data3", 0x1F00_0000, 0x1B00_0000, 0xE0E0_8000),
+    int("int-all-immediate", 0x1C00_0000, 0x1000_0000, 0xE3C0_0000),
+    int("int-all-register", 0x0E00_0000, 0x0A00_0000, 0xF1E0_FC00),
+    // Conditional branches by +12.
+    int("branch-conditional", 0xFFFF_FFE0, 0x5400_0060, 0x0000_001F),
+    int("branch-compare", 0x7EFF_FFE0, 0x3400_0060, 0x8100_0000),
+    int("branch-test", 0x7E07_FFE0, 0x3600_0060, 0x8100_0000),
+    int("branch-immediate", 0x7FFF_FFFF, 0x1400_0003, 0x8000_0000),
+    mem("branch-register", 0xFF9F_FC1F, 0xD61F_0000, 0x0060_0000, V8_0, Operands::Target),
+    int("system-hint", 0xFFFF_F91F, 0xD503_211F, 0x0000_0FE0),
+    int("system-barrier", 0xFFFF_F0FF, 0xD503_30BF, 0x0000_0FE0),
+    int("system-nzcv", 0xFFDF_FFE0, 0xD51B_4200, 0x0020_0000),
+    mem("system-fpcr", 0xFFDF_FFC0, 0xD51B_4400, 0x0020_0020, V8_0, Operands::FpControl),
+    int("system-tpidr", 0xFFDF_FFE0, 0xD51B_D040, 0x0020_0000),
+    mem("system-dc-zva", 0xFFFF_FFE0, 0xD50B_7420, 0, V8_0, Operands::CacheLine),
+    mem("mem-literal", 0x3BFF_FFE0, 0x1800_0360, 0xC400_0000, V8_0, Operands::Data),
+    mem("mem-exclusive", 0x3F00_0000, 0x0800_0000, 0xC0E0_8000, V8_0, Operands::Exclusive),
+    mem("mem-cas", 0x3FA0_7C00, 0x08A0_7C00, 0xC040_8000, MAX, Operands::Address),
+    mem("mem-casp", 0xBFA0_7C00, 0x0820_7C00, 0x4040_8000, MAX, Operands::Address),
+    mem("mem-atomic", 0x3F20_0C00, 0x3820_0000, 0xC0C0_F000, MAX, Operands::Address),
+    mem("mem-unscaled", 0x3B20_0C00, 0x3800_0000, 0xC4C0_0000, V8_0, Operands::Address),
+    mem("mem-post", 0x3B20_0C00, 0x3800_0400, 0xC4C0_0000, V8_0, Operands::WriteBack),
+    mem("mem-unprivileged", 0x3B20_0C00, 0x3800_0800, 0xC4C0_0000, V8_0, Operands::Address),
+    mem("mem-pre", 0x3B20_0C00, 0x3800_0C00, 0xC4C0_0000, V8_0, Operands::WriteBack),
+    mem("mem-register", 0x3B20_0C00, 0x3820_0800, 0xC4C0_E000, V8_0, Operands::RegisterOffset),
+    mem("mem-unsigned", 0x3B00_0000, 0x3900_0000, 0xC4C0_0000, V8_0, Operands::UnsignedOffset),
+    mem("mem-pair", 0x3A00_0000, 0x2800_0000, 0xC5C0_0000, V8_0, Operands::Pair),
+    mem("mem-structures", 0xBFBF_0000, 0x0C00_0000, 0x4040_FC00, V8_0, Operands::Address),
+    mem(
+        "mem-structures-post",
+        0xBFA0_0000,
+        0x0C80_0000,
+        0x4040_FC00,
+        V8_0,
+        Operands::StructurePost,
+    ),
+    mem("mem-structure", 0xBF9F_0000, 0x0D00_0000, 0x4060_FC00, V8_0, Operands::Address),
+    mem("mem-structure-post", 0xBF80_0000, 0x0D80_0000, 0x4060_FC00, V8_0, Operands::StructurePost),
+    mem("mem-all", 0x0A00_0000, 0x0800_0000, 0xFFE0_0C00, V8_0, Operands::Address),
 ];
 
 /// The classes whose name is `name` or begins with it and a hyphen.
@@ -84,13 +161,24 @@ impl Class {
         Qemu::new(self.cpu)
     }
 
-    /// A random case.
-    pub fn case(&self, rng: &mut Rng) -> Case {
+    /// True if the instructions work on registers that [`execute_data`](super::compare::execute_data)
+    /// knows.
+    pub fn is_simd(&self) -> bool {
+        self.mask & self.bits & 0x0E00_0000 == 0x0E00_0000
+    }
+
+    /// A random word.
+    pub fn word(&self, rng: &mut Rng) -> u32 {
         let mut insn = rng.next_u32() & !self.mask | self.bits;
         // Few different registers: operands that are the same, and destinations that are sources.
         if rng.one_in(4) && self.mask & 0x3ff == 0 {
             insn = insn & !0x001F | insn >> 5 & 0x1F;
         }
-        Case { insn, state: values::state(rng), memory: Vec::new() }
+        self.operands.avoid_unpredictable(insn)
+    }
+
+    /// A random case, which will be number `index` of its batch.
+    pub fn case(&self, rng: &mut Rng, index: usize) -> Case {
+        self.operands.case(self.word(rng), rng, index)
     }
 }

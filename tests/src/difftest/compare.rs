@@ -6,7 +6,30 @@ use std::process::Command;
 
 use squib_soft::testing::{self, State};
 
+use super::machine::{self, Stepping};
 use super::{BATCH, Case, End, Outcome, Qemu};
+
+/// What is compared with the reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The instruction functions of FP and SIMD alone.
+    Data,
+    /// A whole CPU.
+    Cpu(Stepping),
+}
+
+impl Side {
+    /// One outcome a case, in order.
+    ///
+    /// # Errors
+    /// Those of [`machine::run`].
+    pub fn run(self, cases: &[Case]) -> anyhow::Result<Vec<Outcome>> {
+        match self {
+            Side::Data => Ok(cases.iter().map(execute_data).collect()),
+            Side::Cpu(stepping) => machine::run(cases, stepping),
+        }
+    }
+}
 
 /// How the two sides differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,12 +66,13 @@ pub struct Report {
     pub groups: BTreeMap<(Difference, u32), Vec<Mismatch>>,
 }
 
-/// Runs `count` cases from `next` on both sides.
+/// Runs `count` cases on both sides; `next` makes them from their number in the batch.
 ///
 /// # Errors
-/// Those of [`Qemu::run`].
+/// Those of [`Qemu::run`] and [`Side::run`].
 pub fn run(
     qemu: &Qemu,
+    side: Side,
     key: u32,
     count: usize,
     mut next: impl FnMut(usize) -> Case,
@@ -56,25 +80,25 @@ pub fn run(
     let mut report = Report::default();
     while report.cases < count {
         let cases: Vec<_> = (0..BATCH.min(count - report.cases)).map(&mut next).collect();
-        let outcomes = qemu.run(&cases)?;
+        let outcomes = qemu.run(&cases)?.into_iter().zip(side.run(&cases)?);
         report.cases += cases.len();
-        for (case, expected) in cases.into_iter().zip(outcomes) {
+        for (case, (expected, actual)) in cases.into_iter().zip(outcomes) {
             report.defined += usize::from(expected.end != End::UNDEFINED);
-            let actual = execute(&case);
             let Some(difference) = difference(&expected, &actual) else {
                 continue;
             };
-            let group = report.groups.entry((difference, case.insn & key)).or_default();
+            let group = report.groups.entry((difference, case.insn() & key)).or_default();
             group.push(Mismatch { difference, case, expected, actual });
         }
     }
     Ok(report)
 }
 
-/// The case on the software CPU.
-pub fn execute(case: &Case) -> Outcome {
+/// The case by the instruction functions of FP and SIMD.
+pub fn execute_data(case: &Case) -> Outcome {
     let mut state = case.state.clone();
-    let end = if testing::execute_data(case.insn, &mut state) { End::Next } else { End::UNDEFINED };
+    let done = case.code.iter().all(|insn| testing::execute_data(*insn, &mut state));
+    let end = if done { End::Next } else { End::UNDEFINED };
     Outcome { end, state, memory: case.memory.clone() }
 }
 
@@ -105,15 +129,14 @@ pub fn disassemble(insn: u32) -> Option<String> {
 /// One mismatch in full: the word, the operands by the usual fields, and what differs.
 pub fn describe(mismatch: &Mismatch) -> String {
     let Mismatch { difference, case, expected, actual } = mismatch;
-    let insn = case.insn;
+    let insn = case.insn();
     let mut out = String::new();
-    let text = disassemble(insn).unwrap_or_default();
-    let _ = writeln!(
-        out,
-        "  {insn:#010x}  {text}  ({difference:?}: {:?} {:?})",
-        expected.end, actual.end
-    );
-    if *difference != Difference::Result {
+    for insn in &case.code {
+        let text = disassemble(*insn).unwrap_or_default();
+        let _ = write!(out, "  {insn:#010x}  {text}");
+    }
+    let _ = writeln!(out, "  ({difference:?}: {:?} {:?})", expected.end, actual.end);
+    if *difference != Difference::Result || expected.end != actual.end {
         return out;
     }
     let before = &case.state;

@@ -24,8 +24,10 @@
 //! The reference CPU is `cortex-a72`: ARMv8.0-A with CRC32 and the cryptographic extension, so that
 //! what is undefined there is what squib leaves undefined. Classes with LSE use `max`.
 
+pub mod cases;
 pub mod classes;
 pub mod compare;
+pub mod machine;
 mod program;
 pub mod record;
 pub mod values;
@@ -43,15 +45,25 @@ pub const BATCH: usize = 4096;
 /// Bytes of memory that belong to one case.
 pub const SCRATCH: usize = 1024;
 
-/// One instruction and what it starts from.
+/// The most instructions in one case.
+pub const MAX_CODE: usize = 20;
+
+/// One instruction, or a few in a row, and what they start from.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// The instruction word.
-    pub insn: u32,
+    /// The instruction words, at least one and at most [`MAX_CODE`].
+    pub code: Vec<u32>,
     /// The registers before it.
     pub state: State,
     /// The memory at [`scratch_address`] before it: empty, or [`SCRATCH`] bytes.
     pub memory: Vec<u8>,
+}
+
+impl Case {
+    /// The first instruction word.
+    pub fn insn(&self) -> u32 {
+        self.code[0]
+    }
 }
 
 /// How an instruction ended.
@@ -59,7 +71,7 @@ pub struct Case {
 pub enum End {
     /// Execution went on with the next instruction.
     Next,
-    /// Execution went on 8 bytes after the instruction: a branch with offset +8 that was taken.
+    /// Execution went on 12 bytes after the last instruction: a branch by +12 that was taken.
     Taken,
     /// The instruction raised this signal: 4 where it is UNDEFINED.
     Signal(u32),
@@ -86,9 +98,15 @@ pub fn scratch_address(index: usize) -> u64 {
     program::SCRATCH_BASE + (index * SCRATCH) as u64
 }
 
-/// The address of the instruction word of case `index` of a batch.
+/// The address of the first instruction word of case `index` of a batch.
 pub fn insn_address(index: usize) -> u64 {
     program::stub_address(index) + 4
+}
+
+/// The address of the 16 bytes in the code of case `index` that a literal load may read: X30 before
+/// the case, and zeros.
+pub fn literal_address(index: usize) -> u64 {
+    program::stub_address(index) + program::LITERAL
 }
 
 /// The reference: `qemu-aarch64` with a CPU model.
@@ -113,7 +131,7 @@ impl Qemu {
     pub fn run(&self, cases: &[Case]) -> anyhow::Result<Vec<Outcome>> {
         ensure!(cases.len() <= BATCH, "{} cases in a batch of {BATCH}", cases.len());
         let mut file = tempfile::NamedTempFile::new()?;
-        file.write_all(&program::build(cases))?;
+        file.write_all(&program::Program::new(cases).elf())?;
         file.as_file().set_permissions(std::fs::Permissions::from_mode(0o700))?;
         let path = file.into_temp_path();
         let output = Command::new(&self.program)

@@ -1,15 +1,16 @@
 //! The static ELF program that runs a batch of cases and writes what they left to stdout.
 //!
-//! Every case has a stub of eight words:
+//! Every case has a stub of 32 words:
 //!
 //! ```text
 //!     ldr  x30, literal      entered with everything but x30 loaded
-//!     INSN
+//!     CODE                   one word or more
 //!     msr  tpidr_el0, x30    the only register an EL0 program can spill to without a base
 //!     b    save
-//!     msr  tpidr_el0, x30    a branch by +8 comes here when it is taken
+//!     msr  tpidr_el0, x30    a branch by +12 comes here when it is taken
 //!     b    save_taken
-//!     literal: x30
+//!     ...
+//!     literal: x30           at byte 112
 //! ```
 //!
 //! `save` stores the state in the case's output record and goes on to the next case; so does the
@@ -23,7 +24,8 @@ use super::{Case, End, Outcome, SCRATCH};
 const VARS: u64 = 0x1000_0000;
 const TEXT: u64 = 0x1000_1000;
 const STUBS: u64 = TEXT + 0x400;
-const STUB: u64 = 32;
+const STUB: u64 = 128;
+pub(super) const LITERAL: u64 = 112;
 const INPUT: u64 = 0x1100_0000;
 const OUTPUT: u64 = 0x1400_0000;
 pub(super) const SCRATCH_BASE: u64 = 0x1600_0000;
@@ -49,10 +51,10 @@ const VAR_SIGSTACK: u64 = 0x140;
 /// Signals that an instruction can raise: ILL, TRAP, BUS, FPE, SEGV.
 const SIGNALS: [u32; 5] = [4, 5, 7, 8, 11];
 
-const SYS_WRITE: u32 = 64;
-const SYS_EXIT_GROUP: u32 = 94;
-const SYS_SIGALTSTACK: u32 = 132;
-const SYS_RT_SIGACTION: u32 = 134;
+pub(super) const SYS_WRITE: u32 = 64;
+pub(super) const SYS_EXIT_GROUP: u32 = 94;
+pub(super) const SYS_SIGALTSTACK: u32 = 132;
+pub(super) const SYS_RT_SIGACTION: u32 = 134;
 const SA_ONSTACK: u64 = 0x0800_0000;
 const SA_NODEFER: u64 = 0x4000_0000;
 
@@ -65,37 +67,45 @@ pub(super) fn stub_address(index: usize) -> u64 {
     STUBS + index as u64 * STUB
 }
 
-/// The whole ELF file.
-pub(super) fn build(cases: &[Case]) -> Vec<u8> {
-    let text = text(cases);
-    let input: Vec<u8> = cases.iter().flat_map(|case| record(&case.state)).collect();
-    // How a case ended is all ones until it has run.
-    let output = vec![0xff; cases.len() * RECORD as usize];
-    let scratch: Vec<u8> = cases
-        .iter()
-        .flat_map(|case| {
-            let mut memory = case.memory.clone();
-            memory.resize(SCRATCH, 0);
-            memory
-        })
-        .collect();
-    let vars = vars(cases.len(), text.handler);
-    elf(
-        text.start,
-        &[
-            Segment { address: VARS, flags: 6, bytes: &vars, size: 0x1000 },
-            Segment { address: TEXT, flags: 5, bytes: &text.bytes, size: text.bytes.len() as u64 },
-            Segment { address: INPUT, flags: 4, bytes: &input, size: input.len() as u64 },
-            Segment { address: OUTPUT, flags: 6, bytes: &output, size: output.len() as u64 },
-            Segment {
-                address: SCRATCH_BASE,
-                flags: 6,
-                bytes: &scratch,
-                size: scratch.len() as u64,
-            },
-            Segment { address: STACK, flags: 6, bytes: &[], size: STACK_SIZE },
-        ],
-    )
+/// The program, in pieces.
+pub(super) struct Program {
+    pub(super) entry: u64,
+    /// The signal handler.
+    pub(super) handler: u64,
+    pub(super) segments: Vec<Segment>,
+}
+
+impl Program {
+    pub(super) fn new(cases: &[Case]) -> Self {
+        let text = text(cases);
+        let input: Vec<u8> = cases.iter().flat_map(|case| record(&case.state)).collect();
+        // How a case ended is all ones until it has run.
+        let output = vec![0xff; cases.len() * RECORD as usize];
+        let mut scratch = Vec::with_capacity(cases.len() * SCRATCH);
+        for (index, case) in cases.iter().enumerate() {
+            scratch.extend(&case.memory);
+            scratch.resize((index + 1) * SCRATCH, 0);
+        }
+        let vars = vars(cases.len(), text.handler);
+        let segment = |address, flags, bytes: Vec<u8>| {
+            let size = bytes.len() as u64;
+            Segment { address, flags, bytes, size }
+        };
+        let segments = vec![
+            segment(VARS, 6, vars),
+            segment(TEXT, 5, text.bytes),
+            segment(INPUT, 4, input),
+            segment(OUTPUT, 6, output),
+            segment(SCRATCH_BASE, 6, scratch),
+            Segment { address: STACK, flags: 6, bytes: Vec::new(), size: STACK_SIZE },
+        ];
+        Self { entry: text.start, handler: text.handler, segments }
+    }
+
+    /// As a static ELF file.
+    pub(super) fn elf(&self) -> Vec<u8> {
+        elf(self.entry, &self.segments)
+    }
 }
 
 /// The outcomes from what the program wrote.
@@ -123,7 +133,7 @@ pub(super) fn parse(cases: &[Case], output: &[u8]) -> anyhow::Result<Vec<Outcome
                 END_TAKEN => End::Taken,
                 signal @ 1..=64 => End::Signal(signal as u32),
                 other => {
-                    anyhow::bail!("case {index} ({:#010x}) did not run: {other:#x}", case.insn)
+                    anyhow::bail!("case {index} ({:#010x}) did not run: {other:#x}", case.insn())
                 }
             };
             let mut state = State::default();
@@ -287,15 +297,23 @@ fn text(cases: &[Case]) -> Text {
         a.word(0);
     }
     for case in cases {
-        let literal = a.here() + 24;
-        a.ldr_literal(30, literal);
-        a.word(case.insn);
+        let stub = a.here();
+        a.ldr_literal(30, stub + LITERAL);
+        for insn in &case.code {
+            a.word(*insn);
+        }
         for save in saves {
             a.msr(SYSREG_TPIDR_EL0, 30);
             a.b(save);
         }
+        assert!(a.here() <= stub + LITERAL, "{} instructions in a case", case.code.len());
+        while a.here() < stub + LITERAL {
+            a.word(0);
+        }
         a.word(case.state.x[30] as u32);
         a.word((case.state.x[30] >> 32) as u32);
+        a.word(0);
+        a.word(0);
     }
     Text { bytes: a.bytes, start, handler }
 }
@@ -376,15 +394,16 @@ impl Assembler {
     }
 }
 
-struct Segment<'a> {
-    address: u64,
+/// Bytes at an address, zero from their end up to `size`.
+pub(super) struct Segment {
+    pub(super) address: u64,
     /// PF_X 1, PF_W 2, PF_R 4.
-    flags: u32,
-    bytes: &'a [u8],
-    size: u64,
+    pub(super) flags: u32,
+    pub(super) bytes: Vec<u8>,
+    pub(super) size: u64,
 }
 
-fn elf(entry: u64, segments: &[Segment<'_>]) -> Vec<u8> {
+fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
     const PAGE: usize = 0x1000;
     let mut file = Vec::new();
     file.extend(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
@@ -413,7 +432,7 @@ fn elf(entry: u64, segments: &[Segment<'_>]) -> Vec<u8> {
     }
     for segment in segments {
         file.resize(file.len().next_multiple_of(PAGE), 0);
-        file.extend(segment.bytes);
+        file.extend(&segment.bytes);
     }
     file
 }
