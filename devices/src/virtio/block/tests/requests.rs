@@ -348,3 +348,19 @@ fn memory_beside_the_buffers_is_not_touched() {
     let all: Vec<u8> = driver.get_vec(DATA, 512);
     assert_eq!(all, pattern(512));
 }
+
+#[test]
+fn a_file_that_was_cut_behind_our_back_gives_errors_and_no_end_of_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(image(&dir));
+    for execution in [Execution::Inline, Execution::Worker] {
+        let mut driver = Driver::started(open(&config, execution), ALL);
+        let file = File::options().write(true).open(&config.path).unwrap();
+        file.set_len(1000).unwrap();
+        assert_eq!(driver.request(IN, 0, 512), (OK, 513));
+        assert_eq!(driver.request(IN, 1, 512), (IOERR, 1));
+        assert_eq!(driver.request(IN, 100, 512), (IOERR, 1));
+        file.set_len(DISK_SIZE as u64).unwrap();
+        assert_eq!(driver.request(IN, 100, 512), (OK, 513));
+    }
+}
