@@ -1,2 +1,24 @@
+//! Capture and restore of whole machines.
+//!
+//! [`capture`](capture::capture) brings a machine to rest, writes its state, its memory and its disks into
+//! a snapshot, and lets it go on. [`restore`](restore::restore) makes a machine from a snapshot, after
+//! everything that is cheap to check has been checked. [`verify`](verify::verify) checks every byte of one
+//! and [`inspect`](inspect::inspect) says what it is of.
+#![forbid(unsafe_code)]
 #![warn(missing_docs)]
-//! Placeholder.
+
+pub mod capture;
+pub mod compat;
+mod config;
+mod disks;
+pub mod inspect;
+mod memory;
+pub mod observe;
+pub mod restore;
+pub mod verify;
+
+pub use disks::ChangedDisks;
+pub use squib_formats::{
+    error::FormatError,
+    publish::{Durability, Existing},
+};

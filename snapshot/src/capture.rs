@@ -1,0 +1,418 @@
+//! A machine into a snapshot.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use squib_devices::memory::GuestRam;
+use squib_formats::{
+    digest::Digest,
+    error::FormatError,
+    image::{FileSource, Source, WrittenImage, digest_source, write_image},
+    manifest::{DiskRecord, DiskStorage, MEMORY_IMAGE, Manifest},
+    persist::Section,
+    publish::{Durability, Existing, Staging},
+    sections::write_sections,
+};
+use squib_vmm::{
+    config::{DiskConfig, MachineConfig},
+    hypervisor::CpuIdentity,
+    machine::{Machine, MachineError, RunState},
+};
+
+pub use crate::disks::DiskError;
+use crate::{
+    config, disks,
+    memory::RamSource,
+    observe::{Phase, Run},
+};
+
+/// What a capture needs of a machine.
+pub trait Guest: Sync {
+    /// What it is made of.
+    fn config(&self) -> &MachineConfig;
+    /// Whether it is paused already.
+    fn is_paused(&self) -> bool;
+    /// Brings it to rest within `deadline`; on an error it runs on.
+    fn pause(&self, deadline: Duration) -> Result<(), MachineError>;
+    /// Lets it run.
+    fn resume(&self) -> Result<(), MachineError>;
+    /// Ends it.
+    fn stop(&self);
+    /// Its state at rest, but for memory and disks.
+    fn save(&self) -> Result<Vec<Section>, MachineError>;
+    /// Its memory.
+    fn ram(&self) -> &GuestRam;
+    /// What it sees of its CPUs.
+    fn cpu_identity(&self) -> CpuIdentity;
+    /// The wall time that goes into the manifest, in nanoseconds since 1970-01-01 00:00 UTC. For a
+    /// deterministic machine its own, so that equal runs give equal snapshots.
+    fn wall_ns(&self) -> u64;
+    /// The bytes of one of its disks.
+    fn open_disk(&self, disk: &DiskConfig) -> Result<FileSource, DiskError> {
+        disks::open_source(&disk.id, &disk.path)
+    }
+}
+
+impl Guest for Machine {
+    fn config(&self) -> &MachineConfig {
+        Machine::config(self)
+    }
+
+    fn is_paused(&self) -> bool {
+        Machine::state(self) == RunState::Paused
+    }
+
+    fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
+        Machine::pause(self, deadline)
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        Machine::resume(self)
+    }
+
+    fn stop(&self) {
+        Machine::stop(self);
+    }
+
+    fn save(&self) -> Result<Vec<Section>, MachineError> {
+        Machine::save(self)
+    }
+
+    fn ram(&self) -> &GuestRam {
+        Machine::ram(self)
+    }
+
+    fn cpu_identity(&self) -> CpuIdentity {
+        Machine::cpu_identity(self)
+    }
+
+    fn wall_ns(&self) -> u64 {
+        Machine::time(self).wall_ns
+    }
+}
+
+/// Where the bytes of a disk go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskMode {
+    /// Into the snapshot.
+    Capture,
+    /// They stay where they are; the snapshot holds path, size and digest, and a restore checks them.
+    Reference,
+}
+
+/// What happens to the guest once the snapshot has what it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum After {
+    /// It goes on if it was running; if it was paused it stays so.
+    #[default]
+    GoOn,
+    /// It is ended once the snapshot is in its place. If there is no snapshot it goes on.
+    Stop,
+}
+
+/// Choices of a capture.
+#[derive(Clone)]
+pub struct CaptureOptions<'a> {
+    /// What to do with a snapshot that is there already.
+    pub existing: Existing,
+    /// What the snapshot must survive once it is there.
+    pub durability: Durability,
+    /// How long vCPUs and devices may take to come to rest.
+    pub pause_deadline: Duration,
+    /// What happens to the guest.
+    pub after: After,
+    /// Disks by id; those not named are captured if the guest can write to them, else referenced.
+    pub disks: BTreeMap<String, DiskMode>,
+    /// Most bytes that the snapshot may take; more is answered as a full disk is.
+    pub limit: Option<u64>,
+    /// How it runs.
+    pub run: Run<'a>,
+}
+
+impl Default for CaptureOptions<'_> {
+    /// Refuses an existing snapshot, syncs everything, two seconds to come to rest, the guest goes on.
+    fn default() -> Self {
+        Self {
+            existing: Existing::Refuse,
+            durability: Durability::Full,
+            pause_deadline: Duration::from_secs(2),
+            after: After::GoOn,
+            disks: BTreeMap::new(),
+            limit: None,
+            run: Run::default(),
+        }
+    }
+}
+
+/// A snapshot that has been written.
+#[derive(Debug)]
+pub struct Captured {
+    /// The snapshot's id.
+    pub id: Digest,
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Guest memory, with what was not stored.
+    pub memory: WrittenImage,
+    /// The captured disks by id.
+    pub disks: Vec<(String, WrittenImage)>,
+    /// Bytes of all files but the manifest.
+    pub stored: u64,
+    /// How long it took.
+    pub timings: CaptureTimings,
+}
+
+/// How long the parts of a capture took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CaptureTimings {
+    /// Until vCPUs and devices were at rest.
+    pub pause: Duration,
+    /// Saving and writing the sections.
+    pub state: Duration,
+    /// Writing guest memory.
+    pub memory: Duration,
+    /// Writing or digesting disks.
+    pub disks: Duration,
+    /// Syncing and renaming.
+    pub publish: Duration,
+    /// The guest stood still for so long because of the capture; zero if it was paused before.
+    pub downtime: Duration,
+    /// All of it.
+    pub total: Duration,
+}
+
+/// Why there is no snapshot. The guest runs on if it was running, and nothing is left on the disk.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// Writing failed, or there is something at the place of the snapshot.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The machine cannot be paused or saved.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A disk cannot be read.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The options name a disk that the machine does not have.
+    #[error("the machine has no disk `{id}`")]
+    NoSuchDisk {
+        /// The id.
+        id: String,
+    },
+}
+
+/// Writes a snapshot of `guest` to `output`. The guest is paused for the time that its state, memory and
+/// writable disks are read.
+pub fn capture(
+    guest: &dyn Guest,
+    output: &Path,
+    options: &CaptureOptions<'_>,
+) -> Result<Captured, CaptureError> {
+    let start = Instant::now();
+    let mut timings = CaptureTimings::default();
+    let config = guest.config();
+    if let Some(id) = options.disks.keys().find(|id| config.disks.iter().all(|d| d.id != **id)) {
+        return Err(CaptureError::NoSuchDisk { id: id.clone() });
+    }
+    // Everything that can fail without the guest's help fails before it is paused.
+    let mut staging = Staging::new(output, options.existing)?;
+    staging.durability(options.durability);
+    if let Some(limit) = options.limit {
+        staging.limit(limit);
+    }
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        disks.push(Disk::open(guest, disk, options.disks.get(&disk.id).copied())?);
+    }
+
+    let run = &options.run;
+    let started = Instant::now();
+    let paused = run.phase(Phase::Pause, |_| Paused::new(guest, options.pause_deadline))?;
+    timings.pause = started.elapsed();
+
+    let started = Instant::now();
+    let sections = run.phase(Phase::State, |_| -> Result<_, CaptureError> {
+        Ok(write_sections(&mut staging, &guest.save()?)?)
+    })?;
+    let created = guest.wall_ns();
+    timings.state = started.elapsed();
+
+    let started = Instant::now();
+    let memory = run.phase(Phase::Memory, |control| {
+        write_image(&mut staging, MEMORY_IMAGE, &RamSource(guest.ram()), control)
+    })?;
+    timings.memory = started.elapsed();
+
+    let started = Instant::now();
+    let (mut images, mut captured) = (vec![memory.record.clone()], Vec::new());
+    for disk in disks.iter_mut().filter(|disk| !disk.reads_later()) {
+        if let Some(image) = disk.take(&mut staging, run)? {
+            images.push(image.record.clone());
+            captured.push((disk.config.id.clone(), image));
+        }
+    }
+    timings.disks = started.elapsed();
+
+    // From here on nothing is read that the guest could change.
+    let (paused, mut downtime) = match options.after {
+        After::GoOn => (None, paused.go_on()?),
+        After::Stop => (Some(paused), Duration::ZERO),
+    };
+    let started = Instant::now();
+    for disk in disks.iter_mut().filter(|disk| disk.reads_later()) {
+        disk.take(&mut staging, run)?;
+    }
+    timings.disks += started.elapsed();
+
+    let started = Instant::now();
+    let manifest = Manifest {
+        writer: concat!("squib ", env!("CARGO_PKG_VERSION")).to_owned(),
+        host: host(),
+        created,
+        parent: None,
+        machine: config::to_manifest(config, records(disks)),
+        cpu: config::identity(guest.cpu_identity()),
+        images,
+        sections,
+        files: Vec::new(),
+    };
+    let stored = staging.stored();
+    let id = run.phase(Phase::Publish, |_| staging.publish(manifest))?;
+    timings.publish = started.elapsed();
+    if let Some(paused) = paused {
+        downtime = paused.stop();
+    }
+    timings.downtime = downtime;
+    timings.total = start.elapsed();
+    Ok(Captured { id, path: output.to_owned(), memory, disks: captured, stored, timings })
+}
+
+/// A guest at rest, which goes on when this is dropped if it was running before.
+struct Paused<'a> {
+    guest: &'a dyn Guest,
+    was_running: bool,
+    since: Instant,
+}
+
+impl<'a> Paused<'a> {
+    fn new(guest: &'a dyn Guest, deadline: Duration) -> Result<Self, MachineError> {
+        let since = Instant::now();
+        let was_running = !guest.is_paused();
+        guest.pause(deadline)?;
+        Ok(Self { guest, was_running, since })
+    }
+
+    /// Back to what it did before. Answers how long it stood still.
+    fn go_on(mut self) -> Result<Duration, MachineError> {
+        if !std::mem::take(&mut self.was_running) {
+            return Ok(Duration::ZERO);
+        }
+        self.guest.resume()?;
+        Ok(self.since.elapsed())
+    }
+
+    /// Ends it. Answers how long it had stood still.
+    fn stop(mut self) -> Duration {
+        self.guest.stop();
+        match std::mem::take(&mut self.was_running) {
+            true => self.since.elapsed(),
+            false => Duration::ZERO,
+        }
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        if self.was_running
+            && let Err(error) = self.guest.resume()
+        {
+            tracing::error!("after a failed capture the guest does not go on: {error}");
+        }
+    }
+}
+
+/// A disk on its way into the snapshot.
+struct Disk<'a> {
+    config: &'a DiskConfig,
+    path: String,
+    mode: DiskMode,
+    source: FileSource,
+    /// Known once the disk has been taken.
+    digest: Digest,
+}
+
+impl<'a> Disk<'a> {
+    fn open(
+        guest: &dyn Guest,
+        config: &'a DiskConfig,
+        mode: Option<DiskMode>,
+    ) -> Result<Self, DiskError> {
+        let mode = mode.unwrap_or(match config.read_only {
+            true => DiskMode::Reference,
+            false => DiskMode::Capture,
+        });
+        // A restore may begin in another directory.
+        let path = std::path::absolute(&config.path).map_err(|source| {
+            let (id, path) = (config.id.clone(), config.path.clone());
+            DiskError::Io { id, path, action: "find", source }
+        })?;
+        let path = path
+            .into_os_string()
+            .into_string()
+            .map_err(|path| DiskError::Path { id: config.id.clone(), path: path.into() })?;
+        let source = guest.open_disk(config)?;
+        Ok(Self { config, path, mode, source, digest: Digest([0; 32]) })
+    }
+
+    /// Whether the guest cannot change what is to be read, so that it need not stand still for it.
+    fn reads_later(&self) -> bool {
+        self.config.read_only && self.mode == DiskMode::Reference
+    }
+
+    fn take(
+        &mut self,
+        staging: &mut Staging,
+        run: &Run<'_>,
+    ) -> Result<Option<WrittenImage>, FormatError> {
+        run.phase(Phase::Disk(self.config.id.clone()), |control| match self.mode {
+            DiskMode::Capture => {
+                let name = format!("disk-{}", self.config.id);
+                let image = write_image(staging, &name, &self.source, control)?;
+                self.digest = image.record.digest;
+                Ok(Some(image))
+            }
+            DiskMode::Reference => {
+                let found = digest_source(&self.path, &self.source, control)?;
+                self.digest = found.digest;
+                Ok(None)
+            }
+        })
+    }
+}
+
+fn records(disks: Vec<Disk<'_>>) -> Vec<DiskRecord> {
+    let record = |disk: Disk<'_>| {
+        let Disk { config, path, mode, source, digest } = disk;
+        DiskRecord {
+            id: config.id.clone(),
+            path,
+            size: source.size(),
+            read_only: config.read_only,
+            storage: match mode {
+                DiskMode::Capture => DiskStorage::Captured,
+                DiskMode::Reference => DiskStorage::Reference,
+            },
+            digest,
+        }
+    };
+    disks.into_iter().map(record).collect()
+}
+
+/// Name, architecture and, where it can be told, build of this host's operating system.
+fn host() -> String {
+    let build = std::fs::read_to_string("/proc/version").unwrap_or_default();
+    let name = format!("{} {} {build}", std::env::consts::OS, std::env::consts::ARCH);
+    name.trim_end().to_owned()
+}
