@@ -1,5 +1,7 @@
 #![warn(missing_docs)]
 //! What the end-to-end tests and the bench-side tools share.
 
+pub mod console;
 pub mod difftest;
+pub mod scenario;
 pub mod tiny;

@@ -53,6 +53,13 @@ impl Tiny {
     }
 }
 
+/// What the guest prints as `i` after it received `bytes`.
+pub fn input_hash(bytes: &[u8]) -> u32 {
+    let add =
+        |hash: u64, byte: &u8| hash.wrapping_mul(program::MULTIPLIER).wrapping_add((*byte).into());
+    bytes.iter().fold(0, add) as u32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,5 +71,11 @@ mod tests {
         assert_eq!(image[16..24], IMAGE_SIZE.to_le_bytes());
         assert!(image.len() as u64 <= IMAGE_SIZE);
         assert_eq!(image[3] >> 2, 0b000101, "the first instruction is a branch");
+    }
+
+    /// As printed on qemu-system-aarch64, from the program with that machine's addresses.
+    #[test]
+    fn the_hash_of_input_is_what_the_guest_computes() {
+        assert_eq!(input_hash(b"abc"), 0xe3ed_7f86);
     }
 }

@@ -25,6 +25,9 @@ const CNTV_CTL_EL0: u16 = sysreg(3, 14, 3, 1);
 const CNTV_CVAL_EL0: u16 = sysreg(3, 14, 3, 2);
 const CNTVCT_EL0: u16 = sysreg(3, 14, 0, 2);
 
+/// Odd factor of the hashes.
+pub(super) const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// PSCI SYSTEM_OFF.
 const SYSTEM_OFF: u64 = 0x8400_0008;
 
@@ -294,7 +297,7 @@ fn timer(a: &mut Asm, tiny: &Tiny) {
 
 /// The main loop.
 fn rounds(a: &mut Asm, r: &Routines, tiny: &Tiny) {
-    a.mov(FACTOR, 0x9e37_79b9_7f4a_7c15);
+    a.mov(FACTOR, MULTIPLIER);
     a.mov(HASH, 0x0123_4567_89ab_cdef);
     a.mov(ROUND, 0);
     a.mov(0, SCRATCH_AREA.into());
