@@ -148,9 +148,13 @@ pub(crate) struct RestoreArgs {
     /// Name of the VM [default: the one in the snapshot].
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Another place for one of the snapshot's disks.
+    /// Use this file as the snapshot's disk of that id; its bytes have to be those of the snapshot.
     #[arg(long = "disk", value_name = "ID=PATH")]
     pub(crate) disks: Vec<DiskPlace>,
+    /// Existing directory in which the captured disks become files, ID.img each, that stay [default: a
+    /// private place, removed when the VM ends].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) disk_dir: Option<PathBuf>,
     /// Restore although a disk has changed since the snapshot: the guest's file system may be damaged.
     #[arg(long)]
     pub(crate) allow_changed_disks: bool,
@@ -163,6 +167,9 @@ pub(crate) struct RestoreArgs {
     /// What the guest's clock does with the time that passed since the snapshot.
     #[arg(long, value_enum, default_value_t = ClockArg::Freeze)]
     pub(crate) clock: ClockArg,
+    /// Leave the guest paused; `PATCH /vm` on the control socket lets it run.
+    #[arg(long)]
+    pub(crate) paused: bool,
     #[command(flatten)]
     pub(crate) common: VmArgs,
 }

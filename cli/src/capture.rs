@@ -1,17 +1,142 @@
-//! Snapshots of the running machine.
+//! Snapshots of the running machine, as the control API asks for them.
 
+use std::{
+    path::Path,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use squib_formats::manifest::MEMORY_IMAGE;
+use squib_snapshot::{
+    Durability, Existing,
+    capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, capture},
+    inspect::inspect,
+    observe::{Observer, Phase as Step, Run},
+};
 use squib_vmm::machine::Machine;
 
 use crate::{
-    api::types::{SnapshotCreateParams, SnapshotReport},
-    vm::Gauge,
+    api::types::{self, DiskReport, Phase, SnapshotCreateParams, SnapshotProgress, SnapshotReport},
+    output::ms,
 };
 
-/// Writes a snapshot of `machine`.
-pub(crate) fn capture(
-    _machine: &Machine,
-    _params: &SnapshotCreateParams,
-    _progress: &Gauge,
+/// How long a guest has to come to rest.
+pub(crate) const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How far a snapshot is, for whoever asks, and the way to make it stop.
+#[derive(Debug, Default)]
+pub(crate) struct Gauge {
+    progress: Mutex<SnapshotProgress>,
+    cancel: AtomicBool,
+}
+
+impl Gauge {
+    pub(crate) fn read(&self) -> SnapshotProgress {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes a snapshot that is being written, and every later one, end with an error.
+    pub(crate) fn cancel(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+
+    fn set(&self, progress: SnapshotProgress) {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+}
+
+impl Observer for Gauge {
+    fn begin(&self, step: &Step) {
+        self.set(SnapshotProgress { phase: step_name(step), ..SnapshotProgress::default() });
+    }
+
+    fn advanced(&self, step: &Step, done: u64, total: u64, _stored: u64) {
+        self.set(SnapshotProgress { phase: step_name(step), done, total });
+    }
+}
+
+/// Writes a snapshot of `machine`. With `stop` the machine is ended once the snapshot is safe.
+pub(crate) fn write(
+    machine: &Machine,
+    params: &SnapshotCreateParams,
+    gauge: &Gauge,
 ) -> anyhow::Result<SnapshotReport> {
-    anyhow::bail!("writing snapshots is not built yet")
+    let options = CaptureOptions {
+        existing: if params.force { Existing::Replace } else { Existing::Refuse },
+        durability: match params.durability {
+            Some(types::Durability::None) => Durability::None,
+            Some(types::Durability::Full) | None => Durability::Full,
+        },
+        pause_deadline: PAUSE_DEADLINE,
+        after: if params.stop { After::Stop } else { After::GoOn },
+        run: Run { observer: gauge, cancel: &gauge.cancel, ..Run::default() },
+        ..CaptureOptions::default()
+    };
+    let captured = capture(machine, &params.snapshot_path, &options);
+    gauge.set(SnapshotProgress::default());
+    let captured = captured.map_err(advise)?;
+    report(&params.snapshot_path, &captured)
+}
+
+/// What a step is called where people and clients read it.
+pub(crate) fn step_name(step: &Step) -> String {
+    match step {
+        Step::Pause => "pause".into(),
+        Step::State => "state".into(),
+        Step::Memory => "memory".into(),
+        Step::Disk(id) => format!("disk {id}"),
+        Step::Publish => "publish".into(),
+        Step::Open => "check".into(),
+        Step::Machine => "machine".into(),
+    }
+}
+
+/// Says what to do next where that is not plain.
+fn advise(error: CaptureError) -> anyhow::Error {
+    use squib_snapshot::FormatError;
+    let advice = match &error {
+        CaptureError::Format(FormatError::Exists { .. }) => {
+            "name another directory, or replace it with --force"
+        }
+        CaptureError::Format(FormatError::NoRoom { .. }) => {
+            "the guest runs on and nothing is left behind; make room and try again"
+        }
+        _ => return error.into(),
+    };
+    anyhow::anyhow!("{error}: {advice}")
+}
+
+fn report(path: &Path, captured: &Captured) -> anyhow::Result<SnapshotReport> {
+    let Captured { id, memory, stored, timings, .. } = captured;
+    let inspection = inspect(path)?;
+    debug_assert_eq!(memory.record.name, MEMORY_IMAGE);
+    let disks = inspection.manifest.machine.disks.iter().map(|disk| DiskReport {
+        id: disk.id.clone(),
+        digest: disk.digest.to_string(),
+        bytes: disk.size,
+    });
+    let CaptureTimings { pause, state, memory: written, disks: disk_time, publish, .. } = *timings;
+    let phases = [
+        ("pause", pause),
+        ("state", state),
+        ("memory", written),
+        ("disks", disk_time),
+        ("publish", publish),
+    ];
+    Ok(SnapshotReport {
+        path: path.to_owned(),
+        id: id.to_string(),
+        memory_digest: memory.record.digest.to_string(),
+        disks: disks.collect(),
+        memory_bytes: memory.record.size,
+        stored_bytes: *stored,
+        downtime_ms: ms(timings.downtime),
+        timings: phases
+            .into_iter()
+            .map(|(name, took)| Phase { name: name.into(), ms: ms(took) })
+            .collect(),
+    })
 }

@@ -4,10 +4,11 @@
 //! RUN/vms/NAME/lock       held (flock) as long as the VM's process lives
 //! RUN/vms/NAME/vm.json    process id and configuration, for `squib ps`
 //! RUN/vms/NAME/api.sock   the control socket
+//! STATE/disks/NAME/       disks that a restore made for this VM only
 //! ```
 //!
-//! `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `squib/run` below
-//! `XDG_STATE_HOME` or `~/.local/state`. A directory whose lock nobody holds is what a dead VM left:
+//! `STATE` is `SQUIB_HOME`, else `squib` below `XDG_STATE_HOME` or `~/.local/state`: disks are too large for
+//! a run-time folder, which often is memory. `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `STATE/run`. A directory whose lock nobody holds is what a dead VM left:
 //! the next start removes it.
 
 use std::{
@@ -116,27 +117,31 @@ pub struct VmRecord {
 #[derive(Debug, Clone)]
 pub struct Home {
     vms: PathBuf,
+    disks: PathBuf,
 }
 
 impl Home {
     /// The folder that the environment names; made, if it is not there, with mode 0700.
     pub fn open() -> Result<Self, HomeError> {
         let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let run = var("SQUIB_HOME")
-            .map(|dir| dir.join("run"))
-            .or_else(|| var("XDG_RUNTIME_DIR").map(|dir| dir.join("squib")))
-            .or_else(|| var("XDG_STATE_HOME").map(|dir| dir.join("squib/run")))
-            .or_else(|| var("HOME").map(|dir| dir.join(".local/state/squib/run")))
+        let state = var("SQUIB_HOME")
+            .or_else(|| var("XDG_STATE_HOME").map(|dir| dir.join("squib")))
+            .or_else(|| var("HOME").map(|dir| dir.join(".local/state/squib")))
             .ok_or(HomeError::NoFolder)?;
-        Self::at(&run)
+        let run = match var("XDG_RUNTIME_DIR") {
+            Some(dir) if var("SQUIB_HOME").is_none() => dir.join("squib"),
+            _ => state.join("run"),
+        };
+        Self::at(&run, &state)
     }
 
-    /// The folder `run`.
-    pub fn at(run: &Path) -> Result<Self, HomeError> {
-        let vms = run.join("vms");
-        private_dir(run)?;
-        private_dir(&vms)?;
-        Ok(Self { vms })
+    /// The folders `run` and `state`.
+    pub fn at(run: &Path, state: &Path) -> Result<Self, HomeError> {
+        let home = Self { vms: run.join("vms"), disks: state.join("disks") };
+        for dir in [state, run, &home.vms, &home.disks] {
+            private_dir(dir)?;
+        }
+        Ok(home)
     }
 
     /// Takes the name for this process; what dead VMs left is removed.
@@ -147,7 +152,10 @@ impl Home {
         loop {
             private_dir(&dir)?;
             if let Some(lock) = lock(&dir)? {
-                return Ok(VmDir { dir, lock, name: name.to_owned() });
+                let disks = self.disks.join(name);
+                // Left by a VM of this name whose directory is gone.
+                remove_tree(&disks)?;
+                return Ok(VmDir { dir, disks, lock, name: name.to_owned() });
             }
             tries += 1;
             if tries == LOCK_TRIES {
@@ -162,7 +170,7 @@ impl Home {
     /// The VMs that run, by name.
     pub fn running(&self) -> Result<Vec<VmRecord>, HomeError> {
         let mut records = Vec::new();
-        for dir in self.dirs()? {
+        for dir in dirs(&self.vms)? {
             // Whoever gets the lock has found a dead VM; it stays for the next start to clean.
             let Ok(file) = File::open(dir.join("lock")) else { continue };
             if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
@@ -194,15 +202,17 @@ impl Home {
         Err(HomeError::NoSuchVm { name: name_or_socket.to_owned(), running })
     }
 
-    fn dirs(&self) -> Result<Vec<PathBuf>, HomeError> {
-        let entries = fs::read_dir(&self.vms).map_err(|e| HomeError::io(&self.vms, e))?;
-        Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
-    }
-
-    /// Removes the directories that nobody holds. What cannot be removed is tried again another time.
+    /// Removes what nobody holds. What cannot be removed is tried again another time.
     fn clean(&self) {
-        for dir in self.dirs().unwrap_or_default() {
-            if let Ok(Some(lock)) = lock(&dir) {
+        let vms = dirs(&self.vms).unwrap_or_default();
+        let disks = dirs(&self.disks).unwrap_or_default();
+        let names = vms.iter().chain(&disks).filter_map(|dir| dir.file_name());
+        for name in names {
+            let dir = self.vms.join(name);
+            if private_dir(&dir).is_ok()
+                && let Ok(Some(lock)) = lock(&dir)
+            {
+                let _ = remove_tree(&self.disks.join(name));
                 remove(&dir, lock);
             }
         }
@@ -213,6 +223,7 @@ impl Home {
 #[derive(Debug)]
 pub struct VmDir {
     dir: PathBuf,
+    disks: PathBuf,
     lock: File,
     name: String,
 }
@@ -221,6 +232,12 @@ impl VmDir {
     /// Where the control socket belongs unless the user wants it elsewhere.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("api.sock")
+    }
+
+    /// A new directory for disks that live as long as the VM.
+    pub fn make_disks(&self) -> Result<&Path, HomeError> {
+        private_dir(&self.disks)?;
+        Ok(&self.disks)
     }
 
     /// Tells other processes about the VM.
@@ -245,6 +262,8 @@ impl VmDir {
 
 impl Drop for VmDir {
     fn drop(&mut self) {
+        // What stays because of an error is removed by the next start.
+        let _ = remove_tree(&self.disks);
         if let Ok(lock) = self.lock.try_clone() {
             remove(&self.dir, lock);
         }
@@ -332,6 +351,18 @@ fn lock(dir: &Path) -> Result<Option<File>, HomeError> {
     Ok(Some(file))
 }
 
+fn dirs(parent: &Path) -> Result<Vec<PathBuf>, HomeError> {
+    let entries = fs::read_dir(parent).map_err(|e| HomeError::io(parent, e))?;
+    Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
+}
+
+fn remove_tree(dir: &Path) -> Result<(), HomeError> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HomeError::io(dir, e)),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a directory whose lock is held; the lock file goes last, so that until then nobody takes
 /// the name.
 fn remove(dir: &Path, lock: File) {
@@ -351,7 +382,7 @@ mod tests {
 
     fn home() -> (tempfile::TempDir, Home) {
         let dir = tempfile::tempdir().unwrap();
-        let home = Home::at(&dir.path().join("run")).unwrap();
+        let home = Home::at(&dir.path().join("run"), &dir.path().join("state")).unwrap();
         (dir, home)
     }
 
@@ -399,9 +430,24 @@ mod tests {
         for file in ["lock", "vm.json", "api.sock"] {
             fs::write(dead.join(file), "1").unwrap();
         }
+        let disks = home.disks.join("dead");
+        fs::create_dir(&disks).unwrap();
+        fs::write(disks.join("vda.img"), "1").unwrap();
         assert!(home.running().unwrap().is_empty());
         let _vm = home.claim("other").unwrap();
-        assert!(!dead.exists());
+        assert!(!dead.exists() && !disks.exists());
+    }
+
+    #[test]
+    fn the_disks_of_a_running_vm_stay_and_go_with_it() {
+        let (_dir, home) = home();
+        let vm = home.claim("a").unwrap();
+        let disk = vm.make_disks().unwrap().join("vda.img");
+        fs::write(&disk, "1").unwrap();
+        let _other = home.claim("b").unwrap();
+        assert!(disk.exists());
+        drop(vm);
+        assert!(!disk.exists());
     }
 
     #[test]

@@ -8,6 +8,9 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use squib_formats::image::Progress;
+use squib_snapshot::observe::{Observer, Phase};
+
+use crate::capture::step_name;
 
 /// Something is being done, nobody knows for how long. On a terminal a spinner that goes away;
 /// elsewhere one plain line on stderr for each thing said.
@@ -60,6 +63,11 @@ impl ByteBar {
         !self.0.is_hidden()
     }
 
+    /// Says what is being done now.
+    pub(crate) fn name(&self, what: &str) {
+        self.0.set_prefix(what.to_owned());
+    }
+
     pub(crate) fn set(&self, done: u64, total: u64) {
         self.0.set_length(total);
         self.0.set_position(done);
@@ -68,6 +76,17 @@ impl ByteBar {
 
 impl Progress for ByteBar {
     fn advanced(&self, done: u64, total: u64, _stored: u64) {
+        self.set(done, total);
+    }
+}
+
+impl Observer for ByteBar {
+    fn begin(&self, phase: &Phase) {
+        self.name(&step_name(phase));
+        self.set(0, 0);
+    }
+
+    fn advanced(&self, _phase: &Phase, done: u64, total: u64, _stored: u64) {
         self.set(done, total);
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     console::{Console, Output},
     events::{self, Event},
     exit::{Code, Failure, Result, WithCode},
-    home::{self, Home},
+    home::{self, Home, VmDir},
     timings::Phases,
     vm::Vm,
 };
@@ -30,10 +30,13 @@ pub(crate) struct Session<'a> {
     pub(crate) started: Instant,
     /// Boot again when the guest asks for a reset.
     pub(crate) restart: bool,
+    /// Leave the guest paused at first.
+    pub(crate) paused: bool,
 }
 
 /// Makes the machine, given where its console goes.
-pub(crate) type Make<'a> = &'a mut dyn FnMut(Box<dyn Write + Send>, &mut Phases) -> Result<Machine>;
+pub(crate) type Make<'a> =
+    &'a mut dyn FnMut(Box<dyn Write + Send>, &VmDir, &mut Phases) -> Result<Machine>;
 
 impl Session<'_> {
     /// Runs the machine that `make` makes until it ends.
@@ -50,7 +53,7 @@ impl Session<'_> {
         phases.end("prepare");
 
         let (output, drain) = Output::new(std::io::stdout())?;
-        let machine = Arc::new(make(Box::new(output.clone()), &mut phases)?);
+        let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut phases)?);
         let vm = Arc::new(Vm::new(self.name, machine.clone(), events.clone()));
         let server = Server::start(listener, vm.clone())?;
         dir.publish(&socket).code(Code::Failed)?;
@@ -61,7 +64,9 @@ impl Session<'_> {
         });
         let console = Console::attach(input, events.clone())?;
         phases.end("control socket and console");
-        machine.resume().code(Code::Failed)?;
+        if !self.paused {
+            machine.resume().code(Code::Failed)?;
+        }
         watch(machine.clone(), events.clone())?;
         if let Some(format) = self.args.timings {
             phases.report(machine, format)?;
@@ -73,7 +78,7 @@ impl Session<'_> {
             match event {
                 Event::Guest(Outcome::Reset) if self.restart => {
                     let mut unused = Phases::new(Instant::now());
-                    let machine = Arc::new(make(Box::new(output.clone()), &mut unused)?);
+                    let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut unused)?);
                     vm.replace(machine.clone());
                     machine.resume().code(Code::Failed)?;
                     watch(machine, events.clone())?;
@@ -83,6 +88,7 @@ impl Session<'_> {
                 Event::Signal(signal) => break End::Signal(signal),
             }
         };
+        vm.cancel();
         vm.machine().stop();
         output.release();
         drop(server);

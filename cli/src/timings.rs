@@ -46,6 +46,14 @@ impl Phases {
         self.last = now;
     }
 
+    /// Ends the phase that is under way; its parts have been measured already.
+    pub(crate) fn end_with(&mut self, parts: &[(&str, Duration)]) {
+        for (name, took) in parts {
+            self.add(name, *took);
+        }
+        self.last = Instant::now();
+    }
+
     fn add(&mut self, name: &str, took: Duration) {
         self.list.push(Phase { name: name.to_owned(), ms: ms(took) });
     }

@@ -1,15 +1,7 @@
 //! The VM of this process, as the control API and the console see it.
 
-use std::{
-    sync::{
-        Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-        mpsc::Sender,
-    },
-    time::Duration,
-};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc::Sender};
 
-use squib_formats::image::Progress;
 use squib_vmm::machine::{Machine, RunState};
 
 use crate::{
@@ -19,12 +11,10 @@ use crate::{
             InstanceInfo, InstanceState, SnapshotCreateParams, SnapshotProgress, SnapshotReport,
         },
     },
-    capture,
+    capture::{self, Gauge, PAUSE_DEADLINE},
     events::Event,
+    exit::Failure,
 };
-
-/// How long a guest has to come to rest.
-pub(crate) const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A VM that may be restarted, and with that be another machine of the same name.
 pub(crate) struct Vm {
@@ -34,28 +24,6 @@ pub(crate) struct Vm {
     /// Held while a snapshot is written, and while the run state is changed from outside.
     control: Mutex<()>,
     progress: Gauge,
-}
-
-/// How far a snapshot is, for whoever asks.
-#[derive(Debug, Default)]
-pub(crate) struct Gauge {
-    done: AtomicU64,
-    total: AtomicU64,
-}
-
-impl Progress for Gauge {
-    fn advanced(&self, done: u64, total: u64, _stored: u64) {
-        self.total.store(total, Ordering::Relaxed);
-        // Threads report out of order.
-        self.done.fetch_max(done, Ordering::Relaxed);
-    }
-}
-
-impl Gauge {
-    fn reset(&self) {
-        self.done.store(0, Ordering::Relaxed);
-        self.total.store(0, Ordering::Relaxed);
-    }
 }
 
 impl Vm {
@@ -72,6 +40,11 @@ impl Vm {
     /// The machine that runs now.
     pub(crate) fn machine(&self) -> Arc<Machine> {
         self.machine.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The VM is ending: a snapshot that is being written is given up, and leaves nothing behind.
+    pub(crate) fn cancel(&self) {
+        self.progress.cancel();
     }
 
     /// Puts another machine in its place.
@@ -111,17 +84,12 @@ impl Controlled for Vm {
 
     fn snapshot(&self, params: SnapshotCreateParams) -> Result<SnapshotReport, Fault> {
         let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        self.progress.reset();
-        let report = capture::capture(&self.machine(), &params, &self.progress);
-        self.progress.reset();
-        report.map_err(|e| Fault(format!("{e:#}")))
+        capture::write(&self.machine(), &params, &self.progress)
+            .map_err(|e| Fault(Failure::from(e).to_string()))
     }
 
     fn progress(&self) -> SnapshotProgress {
-        SnapshotProgress {
-            done: self.progress.done.load(Ordering::Relaxed),
-            total: self.progress.total.load(Ordering::Relaxed),
-        }
+        self.progress.read()
     }
 
     fn stop(&self) {

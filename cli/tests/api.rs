@@ -60,12 +60,13 @@ impl Controlled for Recorder {
             disks: vec![DiskReport { id: "vda".into(), digest: "ef".into(), bytes: 512 }],
             memory_bytes: 1024,
             stored_bytes: 10,
+            downtime_ms: 0.5,
             timings: Vec::new(),
         })
     }
 
     fn progress(&self) -> SnapshotProgress {
-        SnapshotProgress { done: 1, total: 2 }
+        SnapshotProgress { phase: "memory".into(), done: 1, total: 2 }
     }
 
     fn stop(&self) {
@@ -178,7 +179,10 @@ fn the_client_gets_a_report_and_stop_follows_the_snapshot() {
     let client = Client::new(&served.socket);
     assert_eq!(client.info().unwrap().id, "vm");
     client.set_state(VmState::Paused).unwrap();
-    assert_eq!(client.progress().unwrap(), SnapshotProgress { done: 1, total: 2 });
+    assert_eq!(
+        client.progress().unwrap(),
+        SnapshotProgress { phase: "memory".into(), done: 1, total: 2 }
+    );
     let params = SnapshotCreateParams {
         snapshot_path: "/s".into(),
         mem_file_path: None,

@@ -108,6 +108,8 @@ pub struct SnapshotReport {
     pub memory_bytes: u64,
     /// Bytes of all the snapshot's files.
     pub stored_bytes: u64,
+    /// How long the guest stood still for it; 0 if it was paused before.
+    pub downtime_ms: f64,
     /// Each phase and the milliseconds that it took, in order.
     pub timings: Vec<Phase>,
 }
@@ -133,11 +135,13 @@ pub struct Phase {
 }
 
 /// `GET /snapshot/progress` (squib's own): how far a running create is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotProgress {
-    /// Bytes of memory and disks that are done.
+    /// What is being done ("memory", "disk vda"); empty while no snapshot is being written.
+    pub phase: String,
+    /// Bytes of that which are done.
     pub done: u64,
-    /// All bytes of memory and disks; 0 while no snapshot is being written.
+    /// All bytes of that; 0 where bytes are not the measure.
     pub total: u64,
 }
 

@@ -17,8 +17,8 @@ pub(crate) fn run(args: RunArgs, started: Instant) -> Result<Code> {
     let config = config(&args)?;
     let restart = args.on_reset == OnReset::Restart;
     let name = config.name.clone();
-    let session = Session { name: &name, args: &args.common, started, restart };
-    session.run(&mut |console, phases| {
+    let session = Session { name: &name, args: &args.common, started, restart, paused: false };
+    session.run(&mut |console, _dir, phases| {
         let machine = Machine::boot(config.clone(), console).map_err(failure)?;
         phases.end("load kernel and initrd");
         Ok(machine)
@@ -26,20 +26,24 @@ pub(crate) fn run(args: RunArgs, started: Instant) -> Result<Code> {
 }
 
 /// The failure of a machine that cannot be made.
-pub(crate) fn failure(error: MachineError) -> Failure {
-    let code = match &error {
+fn failure(error: MachineError) -> Failure {
+    Failure::new(code(&error), error)
+}
+
+/// The exit code of a machine that cannot be made.
+pub(crate) fn code(error: &MachineError) -> Code {
+    match error {
         MachineError::Config(_)
         | MachineError::Boot(_)
         | MachineError::Granule { .. }
-        | MachineError::Device { .. } => Code::Usage,
+        | MachineError::Disk(_) => Code::Usage,
         MachineError::State { .. }
         | MachineError::UnknownSection { .. }
         | MachineError::MissingSection { .. }
         | MachineError::DuplicateSection { .. }
         | MachineError::Fill(_) => Code::Snapshot,
         _ => Code::Failed,
-    };
-    Failure::new(code, error)
+    }
 }
 
 fn config(args: &RunArgs) -> Result<MachineConfig> {

@@ -64,6 +64,7 @@ fn request(
             && let Ok(progress) = client.progress()
             && progress.total > 0
         {
+            bar.name(&progress.phase);
             bar.set(progress.done, progress.total);
         }
     }
@@ -94,5 +95,6 @@ fn show(report: &SnapshotReport, timings: bool) {
         for line in phase_lines(&report.timings) {
             println!("{line}");
         }
+        println!("{:<28} {:>10.3} ms", "= the guest stood still", report.downtime_ms);
     }
 }

@@ -2,11 +2,114 @@
 
 use std::time::Instant;
 
+use squib_formats::snapshot_dir::Snapshot;
+use squib_snapshot::{
+    ChangedDisks, FormatError,
+    observe::Run,
+    restore::{
+        DiskError, RestoreError, RestoreOptions, RestoreTimings, Restored, restore as bring_back,
+    },
+};
+use squib_vmm::machine::{self, ClockPolicy, Identity};
+
 use crate::{
-    args::RestoreArgs,
-    exit::{Code, Failure, Result},
+    args::{ClockArg, RestoreArgs},
+    commands::run,
+    exit::{Code, Failure, Result, WithCode},
+    home::VmDir,
+    output::ByteBar,
+    session::Session,
+    timings::Phases,
 };
 
-pub(crate) fn restore(_args: &RestoreArgs, _started: Instant) -> Result<Code> {
-    Err(Failure::new(Code::Snapshot, anyhow::anyhow!("restoring snapshots is not built yet")))
+pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
+    // The name has to be known first: with it the VM gets its place.
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => Snapshot::open(&args.dir).code(Code::Snapshot)?.manifest().machine.name.clone(),
+    };
+    let session =
+        Session { name: &name, args: &args.common, started, restart: false, paused: args.paused };
+    session.run(&mut |console, dir, phases| {
+        let bar = ByteBar::new("restore");
+        let options = options(args, &name, dir, &bar)?;
+        let restored = bring_back(&args.dir, &options, console).map_err(failure)?;
+        drop(bar);
+        if args.disk_dir.is_none() {
+            for (id, path) in &restored.disks {
+                eprintln!(
+                    "squib: disk {id} is a private copy, removed when the VM ends: {} \
+                     (--disk-dir keeps it, --disk {id}=PATH uses another)",
+                    path.display()
+                );
+            }
+        }
+        note(phases, &restored);
+        Ok(restored.machine)
+    })
+}
+
+fn options<'a>(
+    args: &RestoreArgs,
+    name: &str,
+    dir: &VmDir,
+    bar: &'a ByteBar,
+) -> Result<RestoreOptions<'a>> {
+    let disk_dir = match &args.disk_dir {
+        Some(dir) => run::absolute(dir)?,
+        None => dir.make_disks().code(Code::Failed)?.to_owned(),
+    };
+    let mut disk_places = std::collections::BTreeMap::new();
+    for place in &args.disks {
+        if disk_places.insert(place.id.clone(), run::absolute(&place.path)?).is_some() {
+            let twice = anyhow::anyhow!("--disk names the disk `{}` twice", place.id);
+            return Err(Failure::new(Code::Usage, twice));
+        }
+    }
+    Ok(RestoreOptions {
+        name: Some(name.to_owned()),
+        disk_dir: Some(disk_dir),
+        disk_places,
+        changed_disks: match args.allow_changed_disks {
+            true => ChangedDisks::Accept,
+            false => ChangedDisks::Refuse,
+        },
+        machine: machine::RestoreOptions {
+            identity: if args.clone { Identity::Clone } else { Identity::Same },
+            clock: match args.clock {
+                ClockArg::Freeze => ClockPolicy::Freeze,
+                ClockArg::Advance => ClockPolicy::Advance,
+            },
+        },
+        run: Run { observer: bar, ..Run::default() },
+    })
+}
+
+/// The parts of a restore as phases.
+fn note(phases: &mut Phases, restored: &Restored) {
+    let RestoreTimings { open, disks, memory, machine, total: _ } = restored.timings;
+    phases.end_with(&[
+        ("check the snapshot", open),
+        ("disks", disks),
+        ("load memory", memory),
+        ("make the machine", machine),
+    ]);
+}
+
+fn failure(error: RestoreError) -> Failure {
+    let advice = match &error {
+        RestoreError::Machine(error) if run::code(error) != Code::Snapshot => {
+            let code = run::code(error);
+            return Failure::new(code, anyhow::anyhow!("{error}"));
+        }
+        RestoreError::Format(FormatError::Digest { .. } | FormatError::Chunk { .. }) => {
+            ": `squib snapshot verify` lists all damage"
+        }
+        RestoreError::Disk(DiskError::Changed { .. }) => {
+            ": bring back the disk as it was, or go on at the guest's risk with --allow-changed-disks"
+        }
+        RestoreError::NoSuchDisk { .. } => ": `squib snapshot inspect` lists its disks",
+        _ => "",
+    };
+    Failure::new(Code::Snapshot, anyhow::anyhow!("{error}{advice}"))
 }
