@@ -92,6 +92,10 @@ impl Guest for Machine {
     fn wall_ns(&self) -> u64 {
         Machine::time(self).wall_ns
     }
+
+    fn open_disk(&self, disk: &DiskConfig) -> Result<FileSource, DiskError> {
+        disks::source_of(&disk.id, &disk.path, self.disk_file(&disk.id))
+    }
 }
 
 /// Where the bytes of a disk go.

@@ -91,6 +91,21 @@ pub(crate) fn open_source(id: &str, path: &Path) -> Result<FileSource, DiskError
     FileSource::new(file).map_err(failed("read"))
 }
 
+/// The disk that a machine holds open as `file`, as a source; `path` stands in errors.
+pub(crate) fn source_of(
+    id: &str,
+    path: &Path,
+    file: Option<&File>,
+) -> Result<FileSource, DiskError> {
+    let file = file.map_or(Err(io::ErrorKind::NotFound.into()), File::try_clone);
+    file.and_then(FileSource::new).map_err(|source| DiskError::Io {
+        id: id.to_owned(),
+        path: path.to_owned(),
+        action: "read",
+        source,
+    })
+}
+
 /// Checks that the disk at `path` is still what `record` says.
 pub(crate) fn check(
     record: &DiskRecord,

@@ -1,4 +1,5 @@
-//! Captures and restores, with a machine that exists only in the test.
+//! Captures and restores: with a machine that exists only in the test, and with real ones.
 
 mod captures;
 mod guest;
+mod restores;

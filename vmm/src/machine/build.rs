@@ -89,6 +89,7 @@ impl Machine {
             ram,
             board,
             devices: built.parts.into_iter().map(|(_, part)| part).collect(),
+            disks: built.disks,
             counter,
             clock,
             generation: built.generation,

@@ -1,6 +1,6 @@
 //! The devices of a machine, at their places in the memory map.
 
-use std::sync::Arc;
+use std::{fs::File, sync::Arc};
 
 use parking_lot::Mutex;
 use squib_devices::{
@@ -13,7 +13,7 @@ use squib_devices::{
     serial::Serial,
     virtio::{
         VirtioDevice,
-        block::{Block, BlockConfig, Execution},
+        block::{Block, BlockConfig, BlockError, Execution, FileDisk},
         mmio::VirtioMmio,
         rng::{Entropy, Rng},
     },
@@ -43,6 +43,8 @@ pub(super) struct Host<'a> {
 /// What was built.
 pub(super) struct Built {
     pub(super) parts: Vec<(Range, Part)>,
+    /// The files behind the disks, in their order.
+    pub(super) disks: Vec<File>,
     pub(super) generation: Arc<Mutex<VmGenId>>,
     /// Offers bytes to the serial port, which takes as many as it has room for.
     pub(super) offer: Offer,
@@ -85,6 +87,7 @@ pub(super) fn build(
     let generation = VmGenId::new(host.ram.clone(), host.line(map::VMGENID_INTID));
 
     let mut parts = vec![part(map::SERIAL, "0", serial), part(map::RTC, "0", Arc::new(rtc))];
+    let mut disks = Vec::new();
     for (slot, disk) in (0..).zip(&config.disks) {
         let settings = BlockConfig {
             id: disk.id.clone(),
@@ -96,7 +99,10 @@ pub(super) fn build(
             Some(_) => Execution::Inline,
             None => Execution::Worker,
         };
-        let block = Block::open(&settings, execution, Arc::clone(host.clock))?;
+        let file = FileDisk::open(&disk.path, disk.read_only)?;
+        let handle = file.file();
+        disks.push(handle.map_err(|source| BlockError::Open { path: disk.path.clone(), source })?);
+        let block = Block::with_disk(&settings, Box::new(file), execution, Arc::clone(host.clock))?;
         parts.push(host.virtio(slot, &disk.id, block));
     }
     if config.rng {
@@ -112,6 +118,7 @@ pub(super) fn build(
     }
     Ok(Built {
         parts,
+        disks,
         generation: Arc::new(Mutex::new(generation)),
         offer: Box::new(move |bytes| port.lock().enqueue(bytes)),
     })

@@ -29,6 +29,7 @@ mod types;
 mod vcpu;
 
 use std::{
+    fs::File,
     io::Write,
     sync::Arc,
     thread::JoinHandle,
@@ -66,6 +67,8 @@ pub struct Machine {
     ram: GuestRam,
     board: Arc<Board>,
     devices: Vec<Part>,
+    /// The files behind the disks of `config`, in their order.
+    disks: Vec<File>,
     generation: Arc<Mutex<VmGenId>>,
     counter: Arc<dyn SystemCounter>,
     clock: Arc<dyn Clock>,
@@ -256,6 +259,13 @@ impl Machine {
     /// Its memory.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// The file behind the disk of that id, for positioned reads while the machine is paused. It is the one
+    /// that was opened and locked, whatever lies at its path now.
+    pub fn disk_file(&self, id: &str) -> Option<&File> {
+        let at = self.config.disks.iter().position(|disk| disk.id == id)?;
+        self.disks.get(at)
     }
 
     /// What the guest sees of its CPUs.

@@ -85,6 +85,12 @@ impl FileDisk {
         Ok(Self { file, size })
     }
 
+    /// Another descriptor of the file that was opened and locked, for positioned reads by whoever
+    /// captures the disk. While it is open, the lock stays.
+    pub fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// Writes zeros, where the file system knows no better way.
     fn plain_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
         static ZEROES: [u8; 0x1_0000] = [0; 0x1_0000];

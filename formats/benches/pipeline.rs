@@ -1,0 +1,198 @@
+//! How fast images are written, read and digested, beside what the same bytes cost at least: a copy in
+//! memory, blake3 alone, and plain zstd at the same level on all cores.
+//!
+//! `cargo bench -p squib-formats --bench pipeline -- [FILE OR DIRECTORY] [MIB]`: the raw bytes are those of
+//! a file (for example the memory of a guest), or of the files below a directory (default /usr/lib) with
+//! three runs of zeros for every run of data, as guest memory has it.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use squib_formats::{
+    image::{
+        CHUNK_SIZE, Content, Control, ImageReader, LEVEL, Sink, Source, digest_source, write_image,
+    },
+    manifest::{CpuIdentity, MachineInfo, Manifest},
+    publish::{Durability, Existing, Staging},
+    sections::write_sections,
+    snapshot_dir::Snapshot,
+};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // Cargo adds `--bench`.
+    let args: Vec<_> = env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let path = args.first().map_or("/usr/lib", String::as_str);
+    let mib: usize = args.get(1).map_or(Ok(512), |arg| arg.parse())?;
+    let raw = raw(Path::new(path), mib << 20)?;
+    let data: Vec<u8> = {
+        let chunks = raw.chunks(CHUNK_SIZE as usize);
+        chunks.filter(|chunk| chunk.iter().any(|byte| *byte != 0)).flatten().copied().collect()
+    };
+    let threads = Control::default().threads;
+    println!(
+        "{path}: {} MiB raw, {} MiB in chunks that are not zero; {threads} threads",
+        raw.len() >> 20,
+        data.len() >> 20
+    );
+
+    let mut copy = vec![0; raw.len()];
+    let copied = time(|| copy.copy_from_slice(&raw));
+    report("copy in memory, one thread", raw.len(), copied);
+    let hashed = time(|| drop(blake3::hash(&raw)));
+    report("blake3, one thread", raw.len(), hashed);
+    let mut plain = Vec::new();
+    let compressed = time(|| plain = zstd_all_cores(&raw, threads.get() as u32).expect("memory"));
+    report("zstd -1 -T0 of the raw bytes", raw.len(), compressed);
+    let unpacked = time(|| copy = zstd::bulk::decompress(&plain, raw.len()).expect("as packed"));
+    report("zstd -d of that, one thread", raw.len(), unpacked);
+
+    let dir = tempfile::tempdir()?;
+    let source = Memory(&raw);
+    let mut digest = None;
+    let digested = time(|| digest = Some(digest_source("raw", &source, Control::default())));
+    report("image digest", raw.len(), digested);
+    for durability in [Durability::None, Durability::Full] {
+        let path = dir.path().join(format!("{durability:?}"));
+        let (mut stored, mut publish) = (0, Duration::ZERO);
+        let written = time(|| (stored, publish) = write(&path, &source, durability).expect("disk"));
+        report(&format!("write, durability {durability:?}"), raw.len(), written);
+        println!(
+            "    {} MiB stored, 1:{:.2} of all, 1:{:.2} of what is not zero; zstd -T0 alone {} MiB; \
+             sync and rename {:.0} ms",
+            stored >> 20,
+            raw.len() as f64 / stored as f64,
+            data.len() as f64 / stored as f64,
+            plain.len() >> 20,
+            publish.as_secs_f64() * 1e3
+        );
+    }
+    let snapshot = Snapshot::open(&dir.path().join("Full"))?;
+    copy.fill(0);
+    let target = Target(copy.chunks_mut(CHUNK_SIZE as usize).map(Mutex::new).collect());
+    let loaded = time(|| {
+        let image = ImageReader::open(&snapshot, "memory").expect("just written");
+        image.load(&target, Control::default()).expect("just written");
+    });
+    report("load", raw.len(), loaded);
+    let per_data = |took: Duration| data.len() as f64 / 1e6 / took.as_secs_f64();
+    println!(
+        "load of what is not zero: {:.0} MB/s; it took {:.2} times a copy in memory",
+        per_data(loaded),
+        loaded.as_secs_f64() / copied.as_secs_f64()
+    );
+    assert!(copy == raw, "loaded bytes are the raw bytes");
+    Ok(())
+}
+
+fn raw(path: &Path, size: usize) -> io::Result<Vec<u8>> {
+    if path.is_file() {
+        return fs::read(path);
+    }
+    let mut raw = Vec::with_capacity(size);
+    let mut left: Vec<PathBuf> = vec![path.to_owned()];
+    while let Some(next) = left.pop() {
+        if next.is_symlink() {
+            continue;
+        }
+        if next.is_dir() {
+            left.extend(fs::read_dir(&next)?.flatten().map(|entry| entry.path()));
+        } else if let Ok(bytes) = fs::read(&next) {
+            for run in bytes.chunks(1 << 20) {
+                raw.extend_from_slice(run);
+                raw.resize(raw.len() + 3 * run.len(), 0);
+            }
+        }
+        if raw.len() >= size {
+            break;
+        }
+    }
+    raw.truncate(size);
+    Ok(raw)
+}
+
+fn zstd_all_cores(raw: &[u8], threads: u32) -> io::Result<Vec<u8>> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), LEVEL)?;
+    encoder.multithread(threads)?;
+    io::copy(&mut { raw }, &mut encoder)?;
+    encoder.finish()
+}
+
+fn write(
+    path: &Path,
+    source: &Memory<'_>,
+    durability: Durability,
+) -> Result<(u64, Duration), squib_formats::error::FormatError> {
+    let mut staging = Staging::new(path, Existing::Refuse)?;
+    staging.durability(durability);
+    let sections = write_sections(&mut staging, &[])?;
+    let image = write_image(&mut staging, "memory", source, Control::default())?;
+    let manifest = Manifest {
+        writer: String::new(),
+        host: String::new(),
+        created: 0,
+        parent: None,
+        machine: MachineInfo {
+            name: String::new(),
+            memory_size: image.record.size,
+            vcpus: 1,
+            cmdline: String::new(),
+            kernel: String::new(),
+            kernel_digest: None,
+            initrd: None,
+            disks: vec![],
+            rng: false,
+            backend: String::new(),
+            deterministic: None,
+        },
+        cpu: CpuIdentity { backend: String::new(), id_registers: vec![], counter_frequency: 0 },
+        images: vec![image.record],
+        sections,
+        files: vec![],
+    };
+    let started = Instant::now();
+    staging.publish(manifest)?;
+    Ok((image.stored, started.elapsed()))
+}
+
+fn time(work: impl FnOnce()) -> Duration {
+    let start = Instant::now();
+    work();
+    start.elapsed()
+}
+
+fn report(what: &str, bytes: usize, took: Duration) {
+    let rate = bytes as f64 / 1e6 / took.as_secs_f64();
+    println!("{what}: {:.0} ms, {rate:.0} MB/s", took.as_secs_f64() * 1e3);
+}
+
+struct Memory<'a>(&'a [u8]);
+
+impl Source for Memory<'_> {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+        into.copy_from_slice(&self.0[offset as usize..][..into.len()]);
+        Ok(Content::Data)
+    }
+}
+
+/// A place for each chunk, so that threads need not wait for each other.
+struct Target<'a>(Vec<Mutex<&'a mut [u8]>>);
+
+impl Sink for Target<'_> {
+    fn is_zero(&self, _: u64, _: usize) -> bool {
+        true
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let chunk = &self.0[(offset / u64::from(CHUNK_SIZE)) as usize];
+        chunk.lock().expect("nobody panics").copy_from_slice(bytes);
+        Ok(())
+    }
+}
