@@ -1,7 +1,7 @@
 //! Operands that make an instruction do something: addresses that lead into the case's memory.
 
 use super::values::{self, Rng};
-use super::{Case, SCRATCH, insn_address, scratch_address};
+use super::{Case, EDGE, SCRATCH, insn_address, scratch_address};
 
 /// What an instruction needs to find in the registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub enum Operands {
     Target,
     /// Rn is an address.
     Address,
+    /// Rn is an address; any load or store.
+    AnyAddress,
     /// Rn is an address; loads and stores exclusive and with acquire or release.
     Exclusive,
     /// Rn is an address that is written back.
@@ -47,6 +49,13 @@ impl Operands {
             insn & !(31 << at) | new << at
         };
         match self {
+            Operands::AnyAddress => match insn {
+                _ if insn & 0x3F00_0000 == 0x0800_0000 => Operands::Exclusive,
+                _ if insn & 0x3A00_0000 == 0x2800_0000 => Operands::Pair,
+                _ if insn & 0x3B20_0400 == 0x3800_0400 => Operands::WriteBack,
+                _ => Operands::Address,
+            }
+            .avoid_unpredictable(insn),
             Operands::WriteBack if !vector && t == n => other(t, n, 0),
             Operands::Pair => {
                 let load = insn >> 22 & 1 != 0;
@@ -100,6 +109,13 @@ impl Operands {
             1 if n != 31 => address &= !7,
             _ => address &= !15,
         }
+        // Whether a store-exclusive that fails reports faults is open.
+        if insn & 0x3FC0_0000 == 0x0800_0000 {
+            address &= !15;
+        } else if rng.one_in(8) {
+            // A page that cannot be written, its end, and what lies behind.
+            address = EDGE + 0xFE0 + u64::from(rng.below(64));
+        }
         let mut small = i64::from(rng.below(33)) - 16;
         let offset = match self {
             Operands::UnsignedOffset => i64::from(insn >> 10 & 0xFFF) << self.scale(insn),
@@ -132,6 +148,14 @@ impl Operands {
             None => state.sp = base & !15,
         }
         Case { code: vec![insn], state, memory }
+    }
+
+    /// An instruction of FEAT_LSE.
+    pub fn is_lse(insn: u32) -> bool {
+        // CAS; CASP; the atomic memory operations and SWP.
+        insn & 0x3FA0_7C00 == 0x08A0_7C00
+            || insn & 0xBFA0_7C00 == 0x0820_7C00
+            || insn & 0x3F20_0C00 == 0x3820_0000 && (insn >> 15 & 1 == 0 || insn >> 12 & 7 == 0)
     }
 
     /// The scale of the immediate.

@@ -33,8 +33,12 @@ const TCR: u64 = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 25 << 16 | 2 << 32;
 /// SCTLR_EL1: MMU and caches on, DC ZVA, cache maintenance and CTR_EL0 open to EL0, and RES1 bits.
 const SCTLR: u64 = 0x30D0_0800 | 1 | 1 << 2 | 1 << 12 | 1 << 14 | 1 << 15 | 1 << 26;
 
-/// HVC immediates of the handler.
-const HVC_LOWER: u16 = 1;
+/// HVC immediates of the handler, each with a value in x30 that EL1 alone can read.
+const HVC_X30: u16 = 1;
+const HVC_SP: u16 = 2;
+const HVC_FAR: u16 = 3;
+/// The last: act on the exception, and answer in x30 where to go on, or zero to return.
+const HVC_ESR: u16 = 4;
 
 // ESR_EL1.EC.
 const EC_UNKNOWN: u64 = 0x00;
@@ -88,13 +92,25 @@ fn system_calls(
     stepping: Stepping,
 ) -> anyhow::Result<Vec<u8>> {
     let mut output = Vec::new();
+    let (mut x30, mut sp, mut far) = (0, 0, 0);
     loop {
         let limit = match stepping {
             Stepping::Blocks => None,
             Stepping::Instructions(n) => Some(cpu.retired() + n),
         };
         match cpu.run(limit) {
-            Exit::Hvc { imm: HVC_LOWER } => {}
+            Exit::Hvc { imm } if (HVC_X30..=HVC_ESR).contains(&imm) => {
+                let into = match imm {
+                    HVC_X30 => &mut x30,
+                    HVC_SP => &mut sp,
+                    HVC_FAR => &mut far,
+                    _ => &mut 0,
+                };
+                *into = cpu.x(30);
+                if imm != HVC_ESR {
+                    continue;
+                }
+            }
             Exit::TimerLines { .. } | Exit::Limit => continue,
             exit => bail!("the CPU returned {exit:?} at {:#x}", cpu.pc()),
         }
@@ -123,7 +139,14 @@ fn system_calls(
             EC_DATA_ABORT | EC_INSTRUCTION_ABORT => 11,
             _ => bail!("exception with ESR {esr:#x}"),
         };
+        memory.write_u64(program::SIGNAL_FRAME + program::SIGINFO_ADDRESS, far);
+        let registers = (0..30).map(|n| cpu.x(n)).chain([x30, sp]);
+        for (n, value) in (0..).zip(registers) {
+            memory.write_u64(program::SIGNAL_FRAME + program::UCONTEXT_REGS + n * 8, value);
+        }
         cpu.set_x(0, signal);
+        cpu.set_x(1, program::SIGNAL_FRAME);
+        cpu.set_x(2, program::SIGNAL_FRAME);
         cpu.set_x(30, program.handler);
     }
 }
@@ -140,7 +163,9 @@ fn vectors(memory: &Memory, entry: u64) -> u64 {
     const TCR_EL1: u32 = 0x08_2040;
     const SPSR_EL1: u32 = 0x08_4000;
     const ELR_EL1: u32 = 0x08_4020;
+    const SP_EL0: u32 = 0x08_4100;
     const ESR_EL1: u32 = 0x08_5200;
+    const FAR_EL1: u32 = 0x08_6000;
     const MAIR_EL1: u32 = 0x08_A200;
     const TPIDR_EL1: u32 = 0x08_D080;
     const ERET: u32 = 0xD69F_03E0;
@@ -153,8 +178,13 @@ fn vectors(memory: &Memory, entry: u64) -> u64 {
         let code = if vector == 8 {
             vec![
                 msr(TPIDR_EL1, 30),
+                hvc(HVC_X30),
+                mrs(30, SP_EL0),
+                hvc(HVC_SP),
+                mrs(30, FAR_EL1),
+                hvc(HVC_FAR),
                 mrs(30, ESR_EL1),
-                hvc(HVC_LOWER),
+                hvc(HVC_ESR),
                 0xB500_007E, // cbnz x30, 12 bytes on
                 mrs(30, TPIDR_EL1),
                 ERET,

@@ -87,11 +87,16 @@ impl End {
 pub struct Outcome {
     /// How it ended.
     pub end: End,
-    /// The registers after it; meaningless after a signal.
+    /// The registers after it, or when the signal was raised.
     pub state: State,
     /// The memory after it, as long as the case's.
     pub memory: Vec<u8>,
+    /// The address that a fault reports, after SIGSEGV and SIGBUS.
+    pub fault: Option<u64>,
 }
+
+/// The address of a page that may be read but not written, with nothing mapped behind it.
+pub const EDGE: u64 = program::EDGE;
 
 /// The address of the memory of case `index` of a batch.
 pub fn scratch_address(index: usize) -> u64 {

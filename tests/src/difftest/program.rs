@@ -14,7 +14,8 @@
 //! ```
 //!
 //! `save` stores the state in the case's output record and goes on to the next case; so does the
-//! signal handler, which runs on a stack of its own and never returns. No register is reserved.
+//! signal handler, which runs on a stack of its own, takes the general registers from the signal's
+//! context, and never returns. No register is reserved.
 
 use anyhow::ensure;
 use squib_soft::testing::State;
@@ -23,7 +24,7 @@ use super::{Case, End, Outcome, SCRATCH};
 
 const VARS: u64 = 0x1000_0000;
 const TEXT: u64 = 0x1000_1000;
-const STUBS: u64 = TEXT + 0x400;
+const STUBS: u64 = TEXT + 0x800;
 const STUB: u64 = 128;
 pub(super) const LITERAL: u64 = 112;
 const INPUT: u64 = 0x1100_0000;
@@ -32,13 +33,24 @@ pub(super) const SCRATCH_BASE: u64 = 0x1600_0000;
 const STACK: u64 = 0x1800_0000;
 const STACK_SIZE: u64 = 0x1_0000;
 
-/// Record: x0 to x30 and SP, NZCV, FPCR, FPSR, how it ended, v0 to v31.
-const RECORD: u64 = 800;
+/// A page that may be read only, with nothing behind it.
+pub(super) const EDGE: u64 = 0x1780_0000;
+
+/// Record: x0 to x30 and SP, NZCV, FPCR, FPSR, how it ended, v0 to v31, the address of a fault.
+const RECORD: u64 = 816;
 const SP_AT: u64 = 248;
 const NZCV_AT: u64 = 256;
 const FPSR_AT: u64 = 272;
 const END_AT: u64 = 280;
 const V_AT: u64 = 288;
+const FAULT_AT: u64 = 800;
+
+/// `si_addr` in a `siginfo_t`.
+pub(super) const SIGINFO_ADDRESS: u64 = 16;
+/// `uc_mcontext.regs` in an arm64 `ucontext_t`: x0 to x30, then SP.
+pub(super) const UCONTEXT_REGS: u64 = 184;
+/// Where the machine puts both.
+pub(super) const SIGNAL_FRAME: u64 = STACK;
 
 const END_TAKEN: u64 = 0x100;
 
@@ -55,6 +67,7 @@ pub(super) const SYS_WRITE: u32 = 64;
 pub(super) const SYS_EXIT_GROUP: u32 = 94;
 pub(super) const SYS_SIGALTSTACK: u32 = 132;
 pub(super) const SYS_RT_SIGACTION: u32 = 134;
+const SA_SIGINFO: u64 = 4;
 const SA_ONSTACK: u64 = 0x0800_0000;
 const SA_NODEFER: u64 = 0x4000_0000;
 
@@ -97,6 +110,7 @@ impl Program {
             segment(INPUT, 4, input),
             segment(OUTPUT, 6, output),
             segment(SCRATCH_BASE, 6, scratch),
+            segment(EDGE, 4, (0..0x1000).map(|i| (i * 37 >> 3) as u8).collect()),
             Segment { address: STACK, flags: 6, bytes: Vec::new(), size: STACK_SIZE },
         ];
         Self { entry: text.start, handler: text.handler, segments }
@@ -148,7 +162,13 @@ pub(super) fn parse(cases: &[Case], output: &[u8]) -> anyhow::Result<Vec<Outcome
                 let at = V_AT + n as u64 * 16;
                 *v = u128::from(word(at)) | u128::from(word(at + 8)) << 64;
             }
-            Ok(Outcome { end, state, memory: scratch[..case.memory.len()].to_vec() })
+            let memory = scratch[..case.memory.len()].to_vec();
+            // SIGBUS and SIGSEGV name the address.
+            let fault = match end {
+                End::Signal(7 | 11) => Some(word(FAULT_AT)),
+                _ => None,
+            };
+            Ok(Outcome { end, state, memory, fault })
         })
         .collect()
 }
@@ -164,6 +184,7 @@ fn record(state: &State) -> Vec<u8> {
     for v in state.v {
         bytes.extend(v.to_le_bytes());
     }
+    bytes.resize(RECORD as usize, 0);
     bytes
 }
 
@@ -177,7 +198,7 @@ fn vars(count: usize, handler: u64) -> Vec<u8> {
     };
     put(VAR_INPUT, &[INPUT, OUTPUT]);
     put(VAR_STUB, &[STUBS, count as u64]);
-    put(VAR_SIGACTION, &[handler, SA_ONSTACK | SA_NODEFER, 0, 0]);
+    put(VAR_SIGACTION, &[handler, SA_SIGINFO | SA_ONSTACK | SA_NODEFER, 0, 0]);
     put(VAR_SIGSTACK, &[STACK, 0, STACK_SIZE]);
     vars
 }
@@ -249,11 +270,18 @@ fn text(cases: &[Case]) -> Text {
     a.cbnz(2, enter);
     a.b(done);
 
-    // The signal's number is in x0.
+    // x0 is the signal's number, x1 the siginfo_t, x2 the ucontext_t.
     let handler = a.here();
-    a.adr(1, VARS);
-    a.ldr(2, 1, VAR_INPUT + 8);
-    a.str(0, 2, END_AT);
+    a.adr(30, VARS);
+    a.ldr(30, 30, VAR_INPUT + 8);
+    a.str(0, 30, END_AT);
+    a.ldr(0, 1, SIGINFO_ADDRESS);
+    a.str(0, 30, FAULT_AT);
+    for n in (0..32).step_by(2) {
+        a.ldp(0, 1, 2, UCONTEXT_REGS + n * 8);
+        a.stp(0, 1, 30, n * 8);
+    }
+    save_flags_and_vectors(&mut a);
     a.b(advance);
 
     let mut saves = [0; 2];
@@ -267,15 +295,9 @@ fn text(cases: &[Case]) -> Text {
         a.mrs(0, SYSREG_TPIDR_EL0);
         a.word(0x9100_03E1); // mov x1, sp
         a.stp(0, 1, 30, 240);
-        a.mrs(0, SYSREG_NZCV);
-        a.mrs(1, SYSREG_FPCR);
-        a.stp(0, 1, 30, NZCV_AT);
-        a.mrs(0, SYSREG_FPSR);
-        a.mov(1, end);
-        a.stp(0, 1, 30, FPSR_AT);
-        for n in (0..32).step_by(2) {
-            a.word(0xAD00_0000 | (V_AT as u32 / 16 + n) << 15 | (n + 1) << 10 | 30 << 5 | n); // stp
-        }
+        a.mov(2, end);
+        a.str(2, 30, END_AT);
+        save_flags_and_vectors(&mut a);
         a.b(advance);
     }
 
@@ -316,6 +338,18 @@ fn text(cases: &[Case]) -> Text {
         a.word(0);
     }
     Text { bytes: a.bytes, start, handler }
+}
+
+/// x30 is the output record; x0 and x1 are free.
+fn save_flags_and_vectors(a: &mut Assembler) {
+    a.mrs(0, SYSREG_NZCV);
+    a.mrs(1, SYSREG_FPCR);
+    a.stp(0, 1, 30, NZCV_AT);
+    a.mrs(0, SYSREG_FPSR);
+    a.str(0, 30, FPSR_AT);
+    for n in (0..32).step_by(2) {
+        a.word(0xAD00_0000 | (V_AT as u32 / 16 + n) << 15 | (n + 1) << 10 | 30 << 5 | n); // stp qN
+    }
 }
 
 /// Just the instructions that the program needs; offsets are in bytes.

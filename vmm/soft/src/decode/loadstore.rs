@@ -247,6 +247,10 @@ fn exclusive(insn: u32) -> Option<Op> {
         let op = Op::new(exec).regs(destination(insn, 16), base, source(insn, 16));
         return Some(op.d(source(insn, 0)));
     }
+    if !bit(insn, 15) {
+        // LDLAR and STLLR (FEAT_LOR) are not implemented.
+        return None;
+    }
     if load {
         let exec = by_size!(size, atomic::ldar);
         Some(Op::new(exec).regs(destination(insn, 0), base, 0))
