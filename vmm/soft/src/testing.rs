@@ -54,3 +54,26 @@ pub fn execute_data(insn: u32, state: &mut State) -> bool {
     state.set_from(&regs);
     true
 }
+
+/// One decoded instruction of the encoding group `insn<27:25> == 111` and the registers it works on,
+/// for benches.
+pub struct Repeated {
+    function: simd::DataFn,
+    insn: u32,
+    regs: Regs,
+}
+
+impl Repeated {
+    /// Decodes `insn`; `None` where the encoding is unallocated.
+    pub fn new(insn: u32, state: &State) -> Option<Self> {
+        Some(Self { function: simd::decode(insn)?, insn, regs: state.to_regs() })
+    }
+
+    /// Carries it out `count` times.
+    pub fn run(&mut self, count: u32) {
+        for _ in 0..count {
+            let function = std::hint::black_box(self.function);
+            function(&mut self.regs, self.insn);
+        }
+    }
+}

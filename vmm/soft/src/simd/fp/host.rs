@@ -175,18 +175,34 @@ pub(super) fn mul_add<F: Host>(env: &mut Env, addend: u64, a: u64, b: u64) -> u6
     soft::mul_add::<F>(env, addend, a, b)
 }
 
-/// `FPCompare`.
+/// How `a` relates to `b`, `None` when one is a NaN.
 #[inline(always)]
-pub(super) fn compare<F: Host>(env: &mut Env, a: u64, b: u64, signal: bool) -> u32 {
+pub(super) fn relation<F: Host>(env: &mut Env, a: u64, b: u64, signal: bool) -> Option<Ordering> {
     if env.fpcr & FPCR_FZ == 0 || simple::<F>(a) && simple::<F>(b) {
-        match F::value(a).partial_cmp(&F::value(b)) {
-            Some(Ordering::Less) => return 0b1000,
-            Some(Ordering::Equal) => return 0b0110,
-            Some(Ordering::Greater) => return 0b0010,
-            None => {}
+        let relation = F::value(a).partial_cmp(&F::value(b));
+        if relation.is_some() {
+            return relation;
         }
     }
-    soft::compare::<F>(env, a, b, signal)
+    soft::relation::<F>(env, a, b, signal)
+}
+
+/// `FPMax` and `FPMaxNum`, which differ in what they make of NaNs.
+#[inline(always)]
+pub(super) fn max<F: Host>(env: &mut Env, a: u64, b: u64, number: bool) -> u64 {
+    if simple::<F>(a) && simple::<F>(b) && F::value(a) != F::value(b) {
+        return if F::value(a) > F::value(b) { a } else { b };
+    }
+    if number { soft::max_num::<F>(env, a, b) } else { soft::max::<F>(env, a, b) }
+}
+
+/// `FPMin` and `FPMinNum`.
+#[inline(always)]
+pub(super) fn min<F: Host>(env: &mut Env, a: u64, b: u64, number: bool) -> u64 {
+    if simple::<F>(a) && simple::<F>(b) && F::value(a) != F::value(b) {
+        return if F::value(a) < F::value(b) { a } else { b };
+    }
+    if number { soft::min_num::<F>(env, a, b) } else { soft::min::<F>(env, a, b) }
 }
 
 /// `FPToFixed` without fraction bits, towards zero: `width` is 32 or 64.
@@ -197,7 +213,7 @@ pub(super) fn to_int_zero<F: Host>(env: &mut Env, a: u64, width: u32, unsigned: 
     if simple::<F>(a) && in_range && !(unsigned && a & F::SIGN != 0) {
         let value = F::value(a);
         let int = F::to_i64(value);
-        if F::from_i64(int) != value {
+        if !inexact(env) && F::from_i64(int) != value {
             env.raise(FPSR_IXC);
         }
         return int as u64 & u64::MAX >> (64 - width);

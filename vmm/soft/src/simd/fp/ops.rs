@@ -98,19 +98,19 @@ binary! {
     MulX: |env, a, b| soft::mulx::<F>(env, a, b);
     Div: |env, a, b| host::div::<F>(env, a, b);
     AbsDiff: |env, a, b| host::sub::<F>(env, a, b) & !F::SIGN;
-    Max: |env, a, b| soft::max::<F>(env, a, b);
-    Min: |env, a, b| soft::min::<F>(env, a, b);
-    MaxNum: |env, a, b| soft::max_num::<F>(env, a, b);
-    MinNum: |env, a, b| soft::min_num::<F>(env, a, b);
+    Max: |env, a, b| host::max::<F>(env, a, b, false);
+    Min: |env, a, b| host::min::<F>(env, a, b, false);
+    MaxNum: |env, a, b| host::max::<F>(env, a, b, true);
+    MinNum: |env, a, b| host::min::<F>(env, a, b, true);
     RecipStep: |env, a, b| soft::recip_step::<F>(env, a, b);
     RsqrtStep: |env, a, b| soft::rsqrt_step::<F>(env, a, b);
-    Equal: |env, a, b| truth::<F>(soft::relation::<F>(env, a, b, false) == Some(Ordering::Equal));
+    Equal: |env, a, b| truth::<F>(host::relation::<F>(env, a, b, false) == Some(Ordering::Equal));
     GreaterEqual: |env, a, b| {
-        let relation = soft::relation::<F>(env, a, b, true);
+        let relation = host::relation::<F>(env, a, b, true);
         truth::<F>(matches!(relation, Some(Ordering::Greater | Ordering::Equal)))
     };
     Greater: |env, a, b| {
-        truth::<F>(soft::relation::<F>(env, a, b, true) == Some(Ordering::Greater))
+        truth::<F>(host::relation::<F>(env, a, b, true) == Some(Ordering::Greater))
     };
     AbsGreaterEqual: |env, a, b| GreaterEqual::apply::<F>(env, a & !F::SIGN, b & !F::SIGN);
     AbsGreater: |env, a, b| Greater::apply::<F>(env, a & !F::SIGN, b & !F::SIGN);

@@ -1,5 +1,7 @@
 //! Scalar floating point: arithmetic, comparison, selection, immediates and conversions.
 
+use core::cmp::Ordering;
+
 use super::DataFn;
 use super::host::{self, Host};
 use super::ops::{self, Binary, Ternary, Unary, expand_imm};
@@ -163,26 +165,31 @@ fn ternary<F: Host, O: Ternary>(regs: &mut Regs, insn: u32) {
 
 /// FCMP, FCMPE and their forms with zero.
 fn compare<F: Host>(regs: &mut Regs, insn: u32) {
-    let mut env = Env::load(regs);
-    let a = scalar::<F>(regs, rn(insn));
     let b = if insn >> 3 & 1 != 0 { 0 } else { scalar::<F>(regs, rm(insn)) };
-    let nzcv = host::compare::<F>(&mut env, a, b, insn >> 4 & 1 != 0);
-    env.store(regs);
-    regs.set_nzcv(nzcv << 28);
+    set_flags::<F>(regs, insn, b);
 }
 
 /// FCCMP and FCCMPE.
 fn conditional_compare<F: Host>(regs: &mut Regs, insn: u32) {
-    let nzcv = if holds(regs, insn >> 12 & 15) {
-        let mut env = Env::load(regs);
-        let (a, b) = (scalar::<F>(regs, rn(insn)), scalar::<F>(regs, rm(insn)));
-        let nzcv = host::compare::<F>(&mut env, a, b, insn >> 4 & 1 != 0);
-        env.store(regs);
-        nzcv
+    if holds(regs, insn >> 12 & 15) {
+        let b = scalar::<F>(regs, rm(insn));
+        set_flags::<F>(regs, insn, b);
     } else {
-        insn & 15
-    };
-    regs.set_nzcv(nzcv << 28);
+        regs.set_nzcv((insn & 15) << 28);
+    }
+}
+
+/// `FPCompare` of Rn with `b`; bit 4 makes a quiet NaN invalid as well.
+#[inline(always)]
+fn set_flags<F: Host>(regs: &mut Regs, insn: u32, b: u64) {
+    let mut env = Env::load(regs);
+    let a = scalar::<F>(regs, rn(insn));
+    let relation = host::relation::<F>(&mut env, a, b, insn >> 4 & 1 != 0);
+    env.store(regs);
+    regs.nf = u64::from(relation == Some(Ordering::Less)) << 63;
+    regs.zf = u64::from(relation != Some(Ordering::Equal));
+    regs.cf = relation != Some(Ordering::Less);
+    regs.vf = relation.is_none();
 }
 
 /// FCSEL.

@@ -150,9 +150,11 @@ fn flush_to_zero_takes_denormal_operands_for_zeros() {
     assert_eq!(sum, (Single::SIGN, FPSR_IDC));
     let quotient = run(FPCR_FZ, |env| soft::div::<Single>(env, Single::ONE, denormal));
     assert_eq!(quotient, (Single::infinity(true), FPSR_IDC | FPSR_DZC));
-    assert_eq!(run(FPCR_FZ, |env| soft::max::<Single>(env, denormal, 3).into()).1, FPSR_IDC);
-    let equal = run(FPCR_FZ, |env| host::compare::<Single>(env, denormal, 0, false).into());
-    assert_eq!(equal, (0b0110, FPSR_IDC));
+    assert_eq!(run(FPCR_FZ, |env| host::max::<Single>(env, denormal, 3, false)).1, FPSR_IDC);
+    let mut state = State { fpcr: FPCR_FZ, ..State::default() };
+    state.v[1] = denormal.into();
+    assert!(execute_data(0x1e20_2028, &mut state)); // fcmp s1, #0.0
+    assert_eq!((state.nzcv, state.fpsr), (0x6000_0000, FPSR_IDC));
 }
 
 #[test]
@@ -262,12 +264,17 @@ fn host_equals_soft<F: Host>(env: Env, a: u64, b: u64, c: u64, related: u32) {
         same(env, |e| host::mul::<F>(e, a, b), |e| soft::mul::<F>(e, a, b));
         same(env, |e| host::div::<F>(e, a, b), |e| soft::div::<F>(e, a, b));
         for signal in [false, true] {
+            let code = |relation: Option<core::cmp::Ordering>| relation.map_or(9, |r| r as u64);
             same(
                 env,
-                |e| host::compare::<F>(e, a, b, signal).into(),
-                |e| soft::compare::<F>(e, a, b, signal).into(),
+                |e| code(host::relation::<F>(e, a, b, signal)),
+                |e| code(soft::relation::<F>(e, a, b, signal)),
             );
         }
+        same(env, |e| host::max::<F>(e, a, b, false), |e| soft::max::<F>(e, a, b));
+        same(env, |e| host::min::<F>(e, a, b, false), |e| soft::min::<F>(e, a, b));
+        same(env, |e| host::max::<F>(e, a, b, true), |e| soft::max_num::<F>(e, a, b));
+        same(env, |e| host::min::<F>(e, a, b, true), |e| soft::min_num::<F>(e, a, b));
     }
     for c in [c, product, product ^ F::SIGN] {
         same(env, |e| host::mul_add::<F>(e, c, a, b), |e| soft::mul_add::<F>(e, c, a, b));
@@ -282,7 +289,7 @@ fn host_equals_soft<F: Host>(env: Env, a: u64, b: u64, c: u64, related: u32) {
             |e| soft::to_fixed::<F>(e, a, width, unsigned, 0, Rounding::Zero),
         );
     }
-    for (value, unsigned) in [(b, false), (b, true), (c >> related * 16, true)] {
+    for (value, unsigned) in [(b, false), (b, true), (c >> (related * 16), true)] {
         same(
             env,
             |e| host::from_int::<F>(e, value, unsigned),

@@ -4,19 +4,10 @@ use core::cmp::Ordering;
 
 use super::{Env, FPSR_IOC, Format, Kind, Unpacked, process_nans, unpack};
 
-/// `FPCompare`: N, Z, C and V in bits 3 to 0. Any NaN is invalid when `signal` says so, a signalling one
-/// always.
-pub(crate) fn compare<F: Format>(env: &mut Env, a: u64, b: u64, signal: bool) -> u32 {
-    match relation::<F>(env, a, b, signal) {
-        None => 0b0011,
-        Some(Ordering::Equal) => 0b0110,
-        Some(Ordering::Less) => 0b1000,
-        Some(Ordering::Greater) => 0b0010,
-    }
-}
-
 /// How `a` relates to `b`, `None` when one is a NaN: the part that `FPCompare`, `FPCompareEQ`,
-/// `FPCompareGE` and `FPCompareGT` share.
+/// `FPCompareGE` and `FPCompareGT` share. Any NaN is invalid when `signal` says so, a signalling one
+/// always.
+#[inline(never)]
 pub(crate) fn relation<F: Format>(env: &mut Env, a: u64, b: u64, signal: bool) -> Option<Ordering> {
     let x = unpack::<F>(env, a);
     let y = unpack::<F>(env, b);
@@ -60,6 +51,7 @@ fn key<F: Format>(x: &Unpacked, bits: u64) -> i64 {
     if x.sign { -magnitude } else { magnitude }
 }
 
+#[inline(never)]
 fn extreme<F: Format>(env: &mut Env, a: u64, b: u64, wanted: Ordering) -> u64 {
     let x = unpack::<F>(env, a);
     let y = unpack::<F>(env, b);

@@ -11,7 +11,7 @@ mod estimate;
 mod round;
 
 pub(crate) use arith::{add, div, mul, mul_add, mulx, recip_step, rsqrt_step, sqrt};
-pub(crate) use compare::{compare, max, max_num, min, min_num, relation};
+pub(crate) use compare::{max, max_num, min, min_num, relation};
 pub(crate) use convert::{convert, from_fixed, round_to_int, to_fixed};
 pub(crate) use estimate::{
     recip_estimate, recip_exponent, rsqrt_estimate, unsigned_recip_estimate,
