@@ -86,8 +86,7 @@ fn what_is_not_advertised_is_unallocated() {
 
 #[test]
 fn a_scalar_result_zeroes_the_rest_of_the_register() {
-    let mut state = State::default();
-    state.v = [u128::MAX; 32];
+    let mut state = State { v: [u128::MAX; 32], ..State::default() };
     state.v[1] = u128::from(1.5f32.to_bits()) | 7 << 64;
     state.v[2] = u128::from(2.25f32.to_bits()) | 9 << 32;
     assert!(execute_data(0x1e22_2820, &mut state)); // fadd s0, s1, s2

@@ -2,7 +2,7 @@
 //! function pointer as the interpreter does:
 //!
 //! ```text
-//! cargo bench -p squib-soft --features testing --bench data
+//! cargo bench -p squib-tests --bench data
 //! ```
 
 use std::time::Duration;
