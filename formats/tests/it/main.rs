@@ -1,6 +1,7 @@
-//! Whole snapshots on disk: round trips, damage and publishing.
+//! Whole snapshots on disk: round trips, damage, publishing, and the snapshots of released formats.
 
 mod common;
 mod damage;
+mod golden;
 mod publishing;
 mod round_trip;
