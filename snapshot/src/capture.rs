@@ -19,7 +19,7 @@ use squib_formats::{
 use squib_vmm::{
     config::{DiskConfig, MachineConfig},
     hypervisor::CpuIdentity,
-    machine::{Machine, MachineError, RunState},
+    machine::{Hold, Machine, MachineError, RunState},
 };
 
 pub use crate::disks::DiskError;
@@ -37,6 +37,10 @@ pub trait Guest: Sync {
     fn is_paused(&self) -> bool;
     /// Brings it to rest within `deadline`; on an error it runs on.
     fn pause(&self, deadline: Duration) -> Result<(), MachineError>;
+    /// Keeps the paused machine paused while the answer lives, if others could let it run.
+    fn hold(&self) -> Result<Option<Hold<'_>>, MachineError> {
+        Ok(None)
+    }
     /// Lets it run.
     fn resume(&self) -> Result<(), MachineError>;
     /// Ends it.
@@ -67,6 +71,10 @@ impl Guest for Machine {
 
     fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
         Machine::pause(self, deadline)
+    }
+
+    fn hold(&self) -> Result<Option<Hold<'_>>, MachineError> {
+        Machine::hold(self).map(Some)
     }
 
     fn resume(&self) -> Result<(), MachineError> {
@@ -296,6 +304,7 @@ pub fn capture(
 /// A guest at rest, which goes on when this is dropped if it was running before.
 struct Paused<'a> {
     guest: &'a dyn Guest,
+    hold: Option<Hold<'a>>,
     was_running: bool,
     since: Instant,
 }
@@ -305,11 +314,14 @@ impl<'a> Paused<'a> {
         let since = Instant::now();
         let was_running = !guest.is_paused();
         guest.pause(deadline)?;
-        Ok(Self { guest, was_running, since })
+        let mut paused = Self { guest, hold: None, was_running, since };
+        paused.hold = guest.hold()?;
+        Ok(paused)
     }
 
     /// Back to what it did before. Answers how long it stood still.
     fn go_on(mut self) -> Result<Duration, MachineError> {
+        self.hold = None;
         if !std::mem::take(&mut self.was_running) {
             return Ok(Duration::ZERO);
         }
@@ -329,6 +341,7 @@ impl<'a> Paused<'a> {
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
+        self.hold = None;
         if self.was_running
             && let Err(error) = self.guest.resume()
         {

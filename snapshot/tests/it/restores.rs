@@ -5,9 +5,12 @@ use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use squib_formats::{
     image::{Control, digest_file},
     manifest::{MachineInfo, Manifest},
@@ -16,6 +19,7 @@ use squib_formats::{
 use squib_snapshot::{
     ChangedDisks,
     capture::{CaptureOptions, capture},
+    observe::{Observer, Phase, Run},
     restore::{DiskError, RestoreError, RestoreOptions, Restored, restore},
 };
 use squib_vmm::{
@@ -168,6 +172,35 @@ fn a_running_machine_is_captured_and_goes_on() {
     while counter(&restored.machine) == saved {
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn nobody_lets_a_machine_run_while_it_is_captured() {
+    struct Impatient {
+        machine: Arc<Machine>,
+        resuming: Mutex<Option<JoinHandle<()>>>,
+    }
+    impl Observer for Impatient {
+        fn begin(&self, phase: &Phase) {
+            if *phase == Phase::Memory {
+                let machine = Arc::clone(&self.machine);
+                let resuming = std::thread::spawn(move || machine.resume().unwrap());
+                *self.resuming.lock() = Some(resuming);
+            }
+        }
+
+        fn advanced(&self, _: &Phase, _: u64, _: u64, _: u64) {
+            assert_eq!(self.machine.state(), RunState::Paused);
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Arc::new(machine(dir.path()));
+    let observer = Impatient { machine: Arc::clone(&machine), resuming: Mutex::default() };
+    let run = Run { observer: &observer, ..Run::default() };
+    let options = CaptureOptions { run, ..CaptureOptions::default() };
+    capture(&*machine, &dir.path().join("snap"), &options).unwrap();
+    observer.resuming.into_inner().unwrap().join().unwrap();
+    assert_eq!(machine.state(), RunState::Running);
 }
 
 #[test]

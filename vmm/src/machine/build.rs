@@ -7,7 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use squib_devices::{
     bus::Bus,
     clock::{Clock, HostClock},
@@ -97,7 +97,8 @@ impl Machine {
             output: Arc::clone(&output),
             writer: None,
             threads: Vec::new(),
-            control: Mutex::new(Control { paused: true }),
+            control: Mutex::new(Control { paused: true, holds: 0 }),
+            released: Condvar::new(),
             config,
         };
         // From here on, an error drops the machine, which ends the threads that were started.

@@ -36,7 +36,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use squib_devices::{clock::Clock, device::MachineDevice, memory::GuestRam, vmgenid::VmGenId};
 use squib_formats::persist::{self, PersistError, Section};
 
@@ -79,10 +79,24 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     /// Held through each change of the run state.
     control: Mutex<Control>,
+    /// Woken when the last hold is given back.
+    released: Condvar,
 }
 
 struct Control {
     paused: bool,
+    /// Those who need it to stay paused.
+    holds: u32,
+}
+
+/// Keeps a machine paused: see [`Machine::hold`].
+pub struct Hold<'a>(&'a Machine);
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.0.control.lock().holds -= 1;
+        self.0.released.notify_all();
+    }
 }
 
 /// A device with the name of its section.
@@ -130,9 +144,9 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Lets a paused machine run. Idempotent.
+    /// Lets a paused machine run. Waits while it is [held](Self::hold). Idempotent.
     pub fn resume(&self) -> Result<(), MachineError> {
-        let mut control = self.control.lock();
+        let mut control = self.unheld();
         self.check_alive()?;
         if control.paused {
             self.wake(None)?;
@@ -160,6 +174,15 @@ impl Machine {
         self.settle(until)?;
         control.paused = true;
         Ok(())
+    }
+
+    /// Keeps a paused machine paused until what this returns is dropped, so that its memory and disks
+    /// can be read without anybody else letting it run. Whoever tries waits.
+    pub fn hold(&self) -> Result<Hold<'_>, MachineError> {
+        let mut control = self.control.lock();
+        self.check_paused(&control, "be held")?;
+        control.holds += 1;
+        Ok(Hold(self))
     }
 
     /// The state of a paused machine but for its memory: devices, interrupt chip, vCPUs, time. Two
@@ -194,7 +217,7 @@ impl Machine {
     /// its boot, and pauses it there.
     pub fn run_until(&self, retired: u64) -> Result<RunUntil, MachineError> {
         let what = "run to an instruction count";
-        let control = self.control.lock();
+        let control = self.unheld();
         if self.config.deterministic.is_none() {
             return Err(MachineError::NotDeterministic { what });
         }
@@ -344,6 +367,15 @@ impl Machine {
             Some(outcome) => Err(MachineError::Ended(outcome)),
             None => Ok(()),
         }
+    }
+
+    /// The run state, once nobody holds the machine.
+    fn unheld(&self) -> MutexGuard<'_, Control> {
+        let mut control = self.control.lock();
+        while control.holds > 0 {
+            self.released.wait(&mut control);
+        }
+        control
     }
 
     fn check_paused(&self, control: &Control, what: &'static str) -> Result<(), MachineError> {
