@@ -208,7 +208,7 @@ pub(super) fn min<F: Host>(env: &mut Env, a: u64, b: u64, number: bool) -> u64 {
 /// `FPToFixed` without fraction bits, towards zero: `width` is 32 or 64.
 #[inline(always)]
 pub(super) fn to_int_zero<F: Host>(env: &mut Env, a: u64, width: u32, unsigned: bool) -> u64 {
-    // Below 2^31 and 2^63 every sum of cases is in range, but for negative ones that become unsigned.
+    // A magnitude below 2^(width - 1) fits, unless it is negative and wanted unsigned.
     let in_range = F::exp(a) < (F::BIAS as u64) + u64::from(width) - 1;
     if simple::<F>(a) && in_range && !(unsigned && a & F::SIGN != 0) {
         let value = F::value(a);

@@ -1,9 +1,7 @@
 //! Addition, multiplication, division, square root and the fused operations.
 
 use super::round::{Term, round, sum};
-use super::{
-    Env, FPSR_DZC, Format, Kind, Rounding, Unpacked, invalid, process_nan, process_nans, unpack,
-};
+use super::{Env, FPSR_DZC, Format, Kind, Unpacked, invalid, process_nan, process_nans, unpack};
 
 /// `FPAdd`. Subtraction is [`sub`], not an addition of the negated operand: that would change the sign
 /// of a NaN.
@@ -202,6 +200,5 @@ fn step<F: Format>(
         }
         return F::infinity(x.sign != y.sign);
     }
-    debug_assert!(env.rounding() != Rounding::Odd);
     sum::<F>(env, addend, product(&x, &y), scale)
 }
