@@ -161,7 +161,8 @@ impl Cpu {
         self.pc
     }
 
-    /// Instructions retired since the first start, kept over a snapshot.
+    /// Instructions retired since the first start, kept over a snapshot. An exception that no
+    /// instruction asked for (an interrupt, an abort) counts as one.
     pub fn retired(&self) -> u64 {
         self.retired_base + (self.slice - self.budget) as u64
     }
@@ -196,6 +197,10 @@ impl Cpu {
         loop {
             if let Some(exit) = self.service(limit) {
                 return exit;
+            }
+            // An interrupt has used up the last of the slice.
+            if self.budget <= 0 {
+                continue;
             }
             let Some(first) = self.find_block() else { continue };
             // SAFETY: `first` is a live block of `self.code`, which is not swept before the block is
@@ -465,10 +470,11 @@ impl Cpu {
         ptr::null()
     }
 
-    /// Leaves the block at `op`, which is not retired; `pc` is set to its address.
+    /// Leaves the block at `op`, which takes an exception; `pc` is set to its address. It counts as
+    /// retired all the same, so that a guest that does nothing but fault still uses up its time.
     #[inline]
     pub(crate) fn leave_at(&mut self, op: &Op) {
-        self.budget += i64::from(op.rem) + 1;
+        self.budget += i64::from(op.rem);
         self.pc = self.pc_of(op);
     }
 

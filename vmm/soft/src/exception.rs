@@ -141,14 +141,17 @@ impl Cpu {
     }
 
     pub(crate) fn take_irq(&mut self) {
+        self.budget -= 1;
         self.take(VECTOR_IRQ, self.pc);
     }
 
     pub(crate) fn take_fiq(&mut self) {
+        self.budget -= 1;
         self.take(VECTOR_FIQ, self.pc);
     }
 
     pub(crate) fn take_pc_alignment(&mut self) {
+        self.budget -= 1;
         self.sys.far = self.pc;
         self.take_synchronous(EC_PC_ALIGNMENT, 0, self.pc);
     }
@@ -159,10 +162,12 @@ impl Cpu {
     }
 
     pub(crate) fn take_illegal_state(&mut self) {
+        self.budget -= 1;
         self.take_synchronous(EC_ILLEGAL_STATE, 0, self.pc);
     }
 
     pub(crate) fn take_instruction_abort(&mut self, va: u64, fsc: u32) {
+        self.budget -= 1;
         self.sys.far = va;
         let ec = EC_INSTRUCTION_ABORT + u32::from(self.pstate.el1());
         self.take_synchronous(ec, fsc, va);

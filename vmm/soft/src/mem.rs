@@ -176,8 +176,8 @@ impl Cpu {
         mmio: bool,
     ) -> Result<(), Stopped> {
         match self.fast_write(regime, va, T::SIZE) {
-            // SAFETY: as in `load_in`.
             Some(host) => {
+                // SAFETY: as in `load_in`.
                 unsafe { host.cast::<Unaligned<T>>().write_volatile(Unaligned(value)) };
                 Ok(())
             }

@@ -76,7 +76,7 @@ impl Translation {
             (Access::Write, false) => p.writable && !(pan && p.el0),
             (Access::Execute, true) => p.el0 && !p.uxn && !(wxn && p.writable),
             // What EL0 may write, EL1 never executes.
-            (Access::Execute, false) => !p.pxn && !(p.el0 && p.writable) && !(wxn && p.writable),
+            (Access::Execute, false) => !(p.pxn || p.writable && (p.el0 || wxn)),
         };
         if allowed { Ok(()) } else { Err(Fault { fsc: FSC_PERMISSION | self.level }) }
     }

@@ -368,9 +368,9 @@ plain!(
     multiply_high<const SIGNED: bool>, |r, o| {
     let (a, b) = (r.x[o.b as usize], r.x[o.c as usize]);
     r.x[o.a as usize] = if SIGNED {
-        (i128::from(a as i64) * i128::from(b as i64) >> 64) as u64
+        ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64
     } else {
-        (u128::from(a) * u128::from(b) >> 64) as u64
+        ((u128::from(a) * u128::from(b)) >> 64) as u64
     };
 });
 

@@ -385,22 +385,26 @@ pub(crate) unsafe fn simd(cpu: &mut Cpu, op: *const Op) -> *const Op {
     unsafe { op.add(1) }
 }
 
-// Maintenance by (op1, CRm, op2) with CRn 7 (Arm ARM C5.3 and C5.5).
-const IC_IALLUIS: u32 = 0 << 7 | 1 << 3;
-const IC_IALLU: u32 = 0 << 7 | 5 << 3;
-const IC_IVAU: u32 = 3 << 7 | 5 << 3 | 1;
-const DC_IVAC: u32 = 0 << 7 | 6 << 3 | 1;
-const DC_ISW: u32 = 0 << 7 | 6 << 3 | 2;
-const DC_CSW: u32 = 0 << 7 | 10 << 3 | 2;
-const DC_CISW: u32 = 0 << 7 | 14 << 3 | 2;
-const DC_CVAC: u32 = 3 << 7 | 10 << 3 | 1;
-const DC_CVAU: u32 = 3 << 7 | 11 << 3 | 1;
-const DC_CIVAC: u32 = 3 << 7 | 14 << 3 | 1;
-const DC_ZVA: u32 = 3 << 7 | 4 << 3 | 1;
-const AT_S1E1R: u32 = 0 << 7 | 8 << 3;
-const AT_S1E1W: u32 = 0 << 7 | 8 << 3 | 1;
-const AT_S1E0R: u32 = 0 << 7 | 8 << 3 | 2;
-const AT_S1E0W: u32 = 0 << 7 | 8 << 3 | 3;
+/// A system instruction with CRn 7 by its op1, CRm and op2 (Arm ARM C5.3 and C5.5).
+const fn maintenance(op1: u32, crm: u32, op2: u32) -> u32 {
+    op1 << 7 | crm << 3 | op2
+}
+
+const IC_IALLUIS: u32 = maintenance(0, 1, 0);
+const IC_IALLU: u32 = maintenance(0, 5, 0);
+const IC_IVAU: u32 = maintenance(3, 5, 1);
+const DC_IVAC: u32 = maintenance(0, 6, 1);
+const DC_ISW: u32 = maintenance(0, 6, 2);
+const DC_CSW: u32 = maintenance(0, 10, 2);
+const DC_CISW: u32 = maintenance(0, 14, 2);
+const DC_CVAC: u32 = maintenance(3, 10, 1);
+const DC_CVAU: u32 = maintenance(3, 11, 1);
+const DC_CIVAC: u32 = maintenance(3, 14, 1);
+const DC_ZVA: u32 = maintenance(3, 4, 1);
+const AT_S1E1R: u32 = maintenance(0, 8, 0);
+const AT_S1E1W: u32 = maintenance(0, 8, 1);
+const AT_S1E0R: u32 = maintenance(0, 8, 2);
+const AT_S1E0W: u32 = maintenance(0, 8, 3);
 
 /// SYS with CRn 7: caches and address translation. `imm` is op1 << 7 | CRm << 3 | op2, slot `b` the
 /// argument.
