@@ -487,7 +487,7 @@ fn tlbi_makes_a_changed_mapping_visible() {
     for (n, value) in [
         (9, code),
         (4, data),
-        (7, BASE + 0x4_5000 | VALID_PAGE),
+        (7, (BASE + 0x4_5000) | VALID_PAGE),
         (8, window + (slot & 0xfff)),
         (14, data >> 12),
     ] {
