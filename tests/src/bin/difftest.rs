@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use anyhow::ensure;
 use clap::Parser;
 use squib_soft::testing::{self, State};
-use squib_tests::difftest::Case;
 use squib_tests::difftest::classes::{self, CLASSES, Class};
-use squib_tests::difftest::compare::{self, Report, Side};
+use squib_tests::difftest::compare::{self, Mismatch, Report, Side};
 use squib_tests::difftest::machine::Stepping;
 use squib_tests::difftest::record;
+use squib_tests::difftest::streams::{self, Streams};
 use squib_tests::difftest::values::{self, Rng};
+use squib_tests::difftest::{Case, Qemu};
 
 /// Compares the software CPU with qemu-aarch64, instruction by instruction.
 #[derive(Parser)]
@@ -65,7 +66,12 @@ fn main() -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut selected: Vec<Class> = Vec::new();
+    let mut failed = 0;
     for name in &args.classes {
+        if name == "streams" {
+            failed += run_streams(&args)?;
+            continue;
+        }
         let classes = classes::named(name);
         ensure!(!classes.is_empty(), "there is no class {name}");
         selected.extend(classes);
@@ -75,18 +81,20 @@ fn main() -> anyhow::Result<ExitCode> {
         let like = like.unwrap_or(&CLASSES[0]);
         selected = vec![Class { name: "word", mask: u32::MAX, bits: word, key: u32::MAX, ..*like }];
     }
-    ensure!(!selected.is_empty(), "name a class (--list lists them) or a --word");
-    let mut failed = 0;
+    ensure!(
+        !selected.is_empty() || !args.classes.is_empty(),
+        "name a class (--list lists them), `streams` or a --word"
+    );
     for class in &selected {
         let mut rng = Rng::new(args.seed);
         if args.record {
             record::record(class, args.count, args.float, || draw(class, &args, &mut rng, 0))?;
             continue;
         }
-        let side = match args.step {
-            Some(n) => Side::Cpu(Stepping::Instructions(n)),
-            None if class.is_simd() && !args.cpu => Side::Data,
-            None => Side::Cpu(Stepping::Blocks),
+        let side = if class.is_simd() && !args.cpu && args.step.is_none() {
+            Side::Data
+        } else {
+            cpu(&args)
         };
         let report = compare::run(&class.qemu(), side, class.key, args.count, |i| {
             draw(class, &args, &mut rng, i)
@@ -94,6 +102,34 @@ fn main() -> anyhow::Result<ExitCode> {
         failed += print(class, &report, &args);
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn cpu(args: &Args) -> Side {
+    Side::Cpu(args.step.map_or(Stepping::Blocks, Stepping::Instructions))
+}
+
+fn run_streams(args: &Args) -> anyhow::Result<usize> {
+    let mut rng = Rng::new(args.seed);
+    let qemu = Qemu::new("max");
+    let side = cpu(args);
+    let streams = Streams::new(&mut rng)?;
+    let report = compare::run(&qemu, side, 0, args.count, |i| streams.case(&mut rng, i))?;
+    let found: Vec<_> = report.groups.values().flatten().collect();
+    println!("streams: {} cases, {} differ", report.cases, found.len());
+    for mismatch in found.iter().take(args.groups) {
+        let case = streams::minimise(&mismatch.case, |cases| {
+            let outcomes = qemu.run(cases)?.into_iter().zip(side.run(cases)?);
+            Ok(outcomes.map(|(e, a)| compare::difference(&e, &a).is_some()).collect())
+        })?;
+        let mut case = case;
+        streams::relocate(&mut case, 0);
+        let cases = [case];
+        let (expected, actual) = (qemu.run(&cases)?.remove(0), side.run(&cases)?.remove(0));
+        let [case] = cases;
+        let difference = mismatch.difference;
+        print!("{}", compare::describe(&Mismatch { difference, case, expected, actual }));
+    }
+    Ok(found.len())
 }
 
 fn draw(class: &Class, args: &Args, rng: &mut Rng, index: usize) -> Case {

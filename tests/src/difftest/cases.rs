@@ -43,7 +43,8 @@ impl Operands {
         let vector = insn >> 26 & 1 != 0;
         let other = |from: u32, register: u32, at: u32| {
             let mut new = from;
-            while [register, n].contains(&new) || new == 31 {
+            // X26 counts the rounds of a stream.
+            while [register, n, 26].contains(&new) || new == 31 {
                 new = (new + 1) % 31;
             }
             insn & !(31 << at) | new << at

@@ -102,7 +102,8 @@ pub fn execute_data(case: &Case) -> Outcome {
     Outcome { end, state, memory: case.memory.clone(), fault: None }
 }
 
-fn difference(expected: &Outcome, actual: &Outcome) -> Option<Difference> {
+/// How the outcomes of one case differ, if they do.
+pub fn difference(expected: &Outcome, actual: &Outcome) -> Option<Difference> {
     match (expected.end, actual.end) {
         (End::UNDEFINED, End::UNDEFINED) => None,
         (End::UNDEFINED, _) => Some(Difference::Accepted),

@@ -14,7 +14,13 @@
 //! cargo run -p squib-tests --bin difftest -- fp-data2 fp-data3      (several classes)
 //! cargo run -p squib-tests --bin difftest -- fp                     (all whose name begins so)
 //! cargo run -p squib-tests --bin difftest -- --word 0x1e622820      (one word, random operands)
+//! cargo run -p squib-tests --bin difftest -- simd --cpu             (by a whole CPU)
+//! cargo run -p squib-tests --bin difftest -- int --step 1           (instruction by instruction)
+//! cargo run -p squib-tests --bin difftest -- streams --count 100000
 //! ```
+//!
+//! `difftest streams` draws short random programs of all classes with branches and loops; what
+//! differs is cut down to the instructions that it takes.
 //!
 //! Every mismatch is printed with the word, its disassembly (where binutils for aarch64 are
 //! installed), the operands that it read and both results. A found case becomes a plain unit test in
@@ -30,6 +36,7 @@ pub mod compare;
 pub mod machine;
 mod program;
 pub mod record;
+pub mod streams;
 pub mod values;
 
 use std::io::Write as _;
