@@ -21,7 +21,8 @@ pub struct Verified {
     pub unlisted: Vec<String>,
 }
 
-/// Everything that is wrong with a snapshot; at least one thing, at most one a file and a chunk an image.
+/// Everything that is wrong with a snapshot; at least one thing. Of several damaged chunks of an image it
+/// names the first.
 #[derive(Debug)]
 pub struct Damage(pub Vec<FormatError>);
 
@@ -53,10 +54,13 @@ pub fn verify(path: &Path, control: Control<'_>) -> Result<Verified, Damage> {
             Err(error) => damage.push(error),
         }
     }
-    // What no record points at is found by the file's digest only. A file that has been named above
-    // is not named again.
+    // What no record points at is found by the file's digest only. A file whose digest or length has
+    // been named above is not named again.
     for file in &snapshot.manifest().files {
-        let named = |error: &FormatError| error.file() == Some(&*file.name);
+        let named = |error: &FormatError| {
+            matches!(error, FormatError::Digest { .. } | FormatError::Length { .. })
+                && error.file() == Some(&*file.name)
+        };
         if !damage.iter().any(named)
             && let Err(error) = check_file(&snapshot, &file.name, control)
         {

@@ -1,6 +1,6 @@
 //! The image digest of raw bytes that are not in a snapshot.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{fs::File, io::Read, os::unix::fs::FileTypeExt, path::Path};
 
 use super::{
     CHUNK_SIZE, Content, Control, FileSource, Layout, Source, is_zero, write::run_in_order,
@@ -19,10 +19,15 @@ pub struct ImageDigest {
     pub zero: u64,
 }
 
-/// The image digest of the raw file at `path`, on all cores; holes are not read.
+/// The image digest of the raw file or block device at `path`, on all cores; holes are not read. What
+/// has no size, such as a pipe, is read to its end on one.
 pub fn digest_file(path: &Path, control: Control<'_>) -> Result<ImageDigest, FormatError> {
     let name = path.display().to_string();
-    let file = File::open(path).map_err(|error| FormatError::io(&name, "open", error))?;
+    let mut file = File::open(path).map_err(|error| FormatError::io(&name, "open", error))?;
+    let kind = file.metadata().map_err(|error| FormatError::io(&name, "read", error))?.file_type();
+    if kind.is_fifo() || kind.is_char_device() || kind.is_socket() {
+        return digest_reader(&name, &mut file);
+    }
     let source = FileSource::new(file).map_err(|error| FormatError::io(&name, "read", error))?;
     digest_source(&name, &source, control)
 }
@@ -161,6 +166,28 @@ mod tests {
         assert_ne!(digest(b""), digest(b"\0"));
         assert_ne!(digest(&[0; 70_000]), digest(&[0; 70_001]));
         assert_ne!(digest(&[1; 70_000]), digest(&[[1; 69_999].as_slice(), &[2]].concat()));
+    }
+
+    #[test]
+    fn a_pipe_is_read_to_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        let writer = {
+            let path = path.clone();
+            std::thread::spawn(move || std::fs::write(path, [7; 100_000]).unwrap())
+        };
+        let found = digest_file(&path, Control::default()).unwrap();
+        writer.join().unwrap();
+        assert_eq!(found, digest_reader("bytes", &mut &[7; 100_000][..]).unwrap());
+    }
+
+    #[test]
+    fn a_directory_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = digest_file(dir.path(), Control::default()).unwrap_err().to_string();
+        assert!(error.contains("cannot read"), "{error}");
     }
 
     #[test]

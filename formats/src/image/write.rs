@@ -152,7 +152,7 @@ pub(super) fn run_in_order<W, T: Send>(
     work: impl Fn(&mut W, u64) -> Result<T, FormatError> + Sync,
     mut take: impl FnMut(u64, T) -> Result<u64, FormatError>,
 ) -> Result<(), FormatError> {
-    let line = Line::new(layout.batches(), control.threads.get() as u64 * 4);
+    let line = Line::new(layout.batches(), control.threads.get() as u64 * 2);
     std::thread::scope(|scope| {
         for _ in 0..line.batches.min(control.threads.get() as u64) {
             scope.spawn(|| {

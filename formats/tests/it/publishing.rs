@@ -1,8 +1,12 @@
 //! A snapshot is there whole or not at all.
 
 use std::{
-    fs,
+    env, fs,
+    io::{BufRead, BufReader},
     os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
 };
 
 use crate::common;
@@ -132,4 +136,43 @@ fn places_without_a_name_or_a_parent_are_refused() {
     for path in ["/", "..", "", "/no/such/place/snap"] {
         Staging::new(path.as_ref(), Existing::Refuse).unwrap_err();
     }
+}
+
+/// Where the writer that is to be killed writes.
+const KILLED_DIR: &str = "SQUIB_TEST_KILLED_WRITER";
+
+#[test]
+#[ignore = "the child process of a_killed_writer_leaves_the_old_snapshot_or_the_new_one"]
+fn a_writer_that_goes_on_until_it_is_killed() {
+    let dir = env::var_os(KILLED_DIR).expect("the parent says where");
+    loop {
+        let mut staging = Staging::new(&Path::new(&dir).join("snap"), Existing::Replace).unwrap();
+        let manifest = common::stage(&mut staging, Control::default()).unwrap();
+        staging.publish(manifest).unwrap();
+        println!("published");
+    }
+}
+
+#[test]
+fn a_killed_writer_leaves_the_old_snapshot_or_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snap");
+    for round in 0..12 {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "publishing::a_writer_that_goes_on_until_it_is_killed"])
+            .args(["--ignored", "--nocapture"])
+            .env(KILLED_DIR, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        lines.find(|line| line.as_ref().unwrap() == "published").unwrap().unwrap();
+        std::thread::sleep(Duration::from_micros(700 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        verify(&path, Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+        assert!(common::names(dir.path()).len() <= 2);
+    }
+    drop(Staging::new(&path, Existing::Replace).unwrap());
+    assert_eq!(common::names(dir.path()), ["snap"]);
 }
