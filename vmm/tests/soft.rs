@@ -309,7 +309,8 @@ fn a_state_that_the_cpu_cannot_have_had_is_refused_by_name() {
     let (machine, _) = boot(&config);
     machine.run_until(100).unwrap();
     let good = machine.save().unwrap();
-    let changes: [(&str, fn(&mut VcpuState)); 6] = [
+    type Change = fn(&mut VcpuState);
+    let changes: [(&str, Change); 6] = [
         ("pstate", |state| state.pstate = u64::MAX),
         ("fpcr", |state| state.fpcr = 1 << 40),
         ("fpsr", |state| state.fpsr = u64::from(u32::MAX)),

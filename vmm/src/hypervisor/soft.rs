@@ -57,7 +57,7 @@ impl Vm for SoftVm {
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, HypervisorError> {
         let cpu = Cpu::new(&self.shared, MPIDR_RES1 | affinity(index));
         let slot = self.inputs.vcpus.get(index as usize);
-        if !slot.is_some_and(|slot| slot.set(cpu.signals()).is_ok()) {
+        if slot.is_none_or(|slot| slot.set(cpu.signals()).is_err()) {
             return Err(HypervisorError::Call {
                 call: "create_vcpu",
                 why: format!("vCPU {index} exists already or is none of this machine"),

@@ -93,6 +93,7 @@ impl Machine {
             counter,
             clock,
             generation: built.generation,
+            alarm: Arc::clone(&built.alarm),
             console: ConsoleInput::new(Arc::clone(&feed)),
             output: Arc::clone(&output),
             writer: None,
@@ -107,6 +108,7 @@ impl Machine {
         }
         machine.start_vcpus()?;
         let offer = built.offer;
+        machine.spawn("rtc-alarm", move || built.alarm.watch())?;
         machine.spawn("console-in", move || feed.pump(offer))?;
         machine.writer = Some(spawn("console-out", move || output.write_to(console))?);
         Ok(machine)

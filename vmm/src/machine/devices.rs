@@ -22,6 +22,7 @@ use squib_devices::{
 
 use super::{
     Part,
+    alarm::AlarmClock,
     console::{Feed, Output, OutputEnd},
     types::MachineError,
 };
@@ -46,6 +47,7 @@ pub(super) struct Built {
     /// The files behind the disks, in their order.
     pub(super) disks: Vec<File>,
     pub(super) generation: Arc<Mutex<VmGenId>>,
+    pub(super) alarm: Arc<AlarmClock>,
     /// Offers bytes to the serial port, which takes as many as it has room for.
     pub(super) offer: Offer,
 }
@@ -83,10 +85,11 @@ pub(super) fn build(
     serial.on_room(Box::new(move || room.has_room()));
     let serial = Arc::new(Mutex::new(serial));
     let port = Arc::clone(&serial);
-    let rtc = Mutex::new(Rtc::new(host.line(map::RTC_INTID), Arc::clone(host.clock)));
+    let rtc = Rtc::new(host.line(map::RTC_INTID), Arc::clone(host.clock));
+    let alarm = AlarmClock::new(rtc, Arc::clone(host.clock), config.deterministic.is_some());
     let generation = VmGenId::new(host.ram.clone(), host.line(map::VMGENID_INTID));
 
-    let mut parts = vec![part(map::SERIAL, "0", serial), part(map::RTC, "0", Arc::new(rtc))];
+    let mut parts = vec![part(map::SERIAL, "0", serial), part(map::RTC, "0", alarm.clone())];
     let mut disks = Vec::new();
     for (slot, disk) in (0..).zip(&config.disks) {
         let settings = BlockConfig {
@@ -120,6 +123,7 @@ pub(super) fn build(
         parts,
         disks,
         generation: Arc::new(Mutex::new(generation)),
+        alarm,
         offer: Box::new(move |bytes| port.lock().enqueue(bytes)),
     })
 }

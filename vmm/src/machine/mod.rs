@@ -19,6 +19,7 @@
 //! park at the gate; the counter stops; devices settle what is in flight. On a missed deadline
 //! everything wakes again.
 
+mod alarm;
 mod build;
 mod console;
 mod devices;
@@ -46,7 +47,7 @@ pub use types::{
     TimeState, Timings,
 };
 
-use self::{console::Output, vcpu::Board};
+use self::{alarm::AlarmClock, console::Output, vcpu::Board};
 use crate::{
     boot,
     config::MachineConfig,
@@ -70,6 +71,7 @@ pub struct Machine {
     /// The files behind the disks of `config`, in their order.
     disks: Vec<File>,
     generation: Arc<Mutex<VmGenId>>,
+    alarm: Arc<AlarmClock>,
     counter: Arc<dyn SystemCounter>,
     clock: Arc<dyn Clock>,
     console: ConsoleInput,
@@ -217,7 +219,7 @@ impl Machine {
     /// its boot, and pauses it there.
     pub fn run_until(&self, retired: u64) -> Result<RunUntil, MachineError> {
         let what = "run to an instruction count";
-        let control = self.unheld();
+        let mut control = self.unheld();
         if self.config.deterministic.is_none() {
             return Err(MachineError::NotDeterministic { what });
         }
@@ -227,7 +229,10 @@ impl Machine {
         }
         self.wake(Some(retired))?;
         let idle = self.board.gate.wait_parked();
+        // If that fails the machine runs on.
+        control.paused = false;
         self.settle(Instant::now() + SETTLE)?;
+        control.paused = true;
         self.output.drain(SETTLE);
         Ok(match self.board.gate.outcome() {
             Some(outcome) => RunUntil::Ended(outcome),
@@ -389,6 +394,7 @@ impl Drop for Machine {
     /// is lost.
     fn drop(&mut self) {
         self.console.close();
+        self.alarm.close();
         self.output.hurry(true);
         self.board.gate.dismiss();
         for thread in self.threads.drain(..) {
