@@ -5,3 +5,4 @@ pub mod console;
 pub mod difftest;
 pub mod scenario;
 pub mod tiny;
+pub mod transparency;

@@ -1,9 +1,13 @@
 //! Guests for end-to-end tests.
 
-use std::{fs, path::Path};
+use std::{
+    fs::{self, File},
+    path::Path,
+};
 
 use anyhow::{Context, Result};
-use squib_vmm::config::{Deterministic, DiskConfig, MachineConfig};
+use squib::kit::Kit;
+use squib_vmm::config::{Deterministic, DiskConfig, MachineConfig, default_cmdline};
 
 use crate::tiny::Tiny;
 
@@ -20,4 +24,20 @@ pub fn tiny(folder: &Path) -> Result<MachineConfig> {
     config.disks = vec![DiskConfig { id: "disk".into(), path: disk, read_only: false }];
     config.deterministic = Some(Deterministic::default());
     Ok(config)
+}
+
+/// A deterministic machine with the guest kit's Linux and an empty disk of 16 MiB made in `folder`; none
+/// if the kit is not in the cache.
+pub fn linux(folder: &Path) -> Result<Option<MachineConfig>> {
+    let Some(kit) = Kit::cached()? else { return Ok(None) };
+    let disk = folder.join("disk.img");
+    File::create(&disk)?.set_len(16 << 20)?;
+    let disks = vec![DiskConfig { id: "disk".into(), path: disk, read_only: false }];
+    let mut config = MachineConfig::new("linux", kit.kernel);
+    config.memory = 128 << 20;
+    config.cmdline = default_cmdline(true, &disks);
+    config.initrd = Some(kit.initrd);
+    config.disks = disks;
+    config.deterministic = Some(Deterministic::default());
+    Ok(Some(config))
 }
