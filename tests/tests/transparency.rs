@@ -17,7 +17,7 @@ fn assert_transparent(config: &MachineConfig, folder: &Path, points: (usize, u64
     let program = Path::new(env!("CARGO_BIN_EXE_transparency"));
     let runner = Runner { config, program, folder, jobs: 2, keep: false };
     let mut done = 0;
-    let differences = runner.run(&points, |_, _| done += 1).unwrap();
+    let differences = runner.run(&points, |_, _, _| done += 1).unwrap();
     assert_eq!(done, count);
     assert!(differences.is_empty(), "{differences:#?}");
 }
@@ -39,7 +39,7 @@ fn a_machine_that_is_one_instruction_ahead_is_found_out() {
     fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
     let runner =
         Runner { config: &config, program: &program, folder: folder.path(), jobs: 1, keep: false };
-    let differences = runner.run(&[Point { at: 50_000, more: 1_000 }], |_, _| ()).unwrap();
+    let differences = runner.run(&[Point { at: 50_000, more: 1_000 }], |_, _, _| ()).unwrap();
     let what = differences[0].what.join("\n");
     for expected in ["51001", "state vcpu 0", "state time 0"] {
         assert!(what.contains(expected), "{what}");

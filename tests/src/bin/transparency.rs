@@ -113,9 +113,10 @@ fn points(run: &Run) -> Result<ExitCode> {
     };
     let start = Instant::now();
     let mut done = 0;
-    let differences = runner.run(&points, |point, equal| {
+    let differences = runner.run(&points, |point, equal, line| {
         done += 1;
-        eprintln!("{done}/{}: {point}: {}", points.len(), if equal { "equal" } else { "DIFFERS" });
+        let verdict = if equal { "equal" } else { "DIFFERS" };
+        eprintln!("{done}/{}: {point}: {verdict} at: {line}", points.len());
     })?;
     for difference in &differences {
         println!("{}:", difference.point);

@@ -74,11 +74,12 @@ pub struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    /// Runs all points; `progress` hears of each that is done. Returns those that differ.
+    /// Runs all points; `progress` hears of each that is done, whether all was equal, and the last line on
+    /// its console. Returns those that differ.
     pub fn run(
         &self,
         points: &[Point],
-        mut progress: impl FnMut(Point, bool),
+        mut progress: impl FnMut(Point, bool, &str),
     ) -> Result<Vec<Difference>> {
         let mut ordered = points.to_vec();
         ordered.sort_by_key(|point| point.end());
@@ -159,7 +160,7 @@ impl Runner<'_> {
         &self,
         job: Job,
         differences: &mut Vec<Difference>,
-        progress: &mut impl FnMut(Point, bool),
+        progress: &mut impl FnMut(Point, bool, &str),
     ) -> Result<()> {
         let Job { point, folder, child, console, expected } = job;
         let output = child.wait_with_output()?;
@@ -172,7 +173,7 @@ impl Runner<'_> {
             }
             false => vec![format!("the new process ended with {}", output.status)],
         };
-        progress(point, what.is_empty());
+        progress(point, what.is_empty(), &expected.last_line());
         let kept = !what.is_empty() && self.keep;
         if !what.is_empty() {
             differences.push(Difference { point, what });

@@ -47,6 +47,12 @@ impl Witness {
         })
     }
 
+    /// The last line on the console that is not empty.
+    pub(super) fn last_line(&self) -> String {
+        let text = String::from_utf8_lossy(&self.console);
+        text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default().to_owned()
+    }
+
     /// What differs in `found`, one line each.
     pub(super) fn differences(&self, found: &Self) -> Vec<String> {
         let Self { stopped, retired, memory, disks, states, console } = self;
