@@ -5,8 +5,9 @@
 //! as one.
 //!
 //! The alarm needs someone to look at the clock: the machine calls [`Rtc::update`] at
-//! [`Rtc::alarm_at`], and every register access looks too. An alarm whose time passed while the
-//! machine was saved is raised when it is back.
+//! [`Rtc::alarm_at`], also after a restore, and every register access looks too. An alarm whose time
+//! passed while the machine was saved is raised when it is back. What is saved does not depend on who
+//! looked when, so that a deterministic machine can be stopped anywhere.
 
 use std::sync::Arc;
 
@@ -41,6 +42,9 @@ const ID_VALUES: [u8; 8] = [0x31, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 const NS_PER_S: u64 = 1_000_000_000;
 
+/// Seconds in which the counter comes round.
+const COUNTER_PERIOD: u64 = 1 << 32;
+
 /// The real-time clock.
 pub struct Rtc {
     // Runtime glue.
@@ -57,8 +61,8 @@ pub struct Rtc {
     enabled: bool,
     /// RTCRIS.
     raised: bool,
-    /// The counter when the alarm was last compared with it.
-    compared: u32,
+    /// The wall clock's second in which the counter next reaches RTCMR.
+    due: u64,
 }
 
 impl Rtc {
@@ -72,9 +76,9 @@ impl Rtc {
             alarm: 0,
             enabled: false,
             raised: false,
-            compared: 0,
+            due: 0,
         };
-        rtc.compared = rtc.counter();
+        rtc.due = rtc.next_match();
         rtc
     }
 
@@ -84,32 +88,44 @@ impl Rtc {
         if !self.enabled || self.raised {
             return None;
         }
-        let now = self.clock.wall_ns() / NS_PER_S;
-        let left = u64::from(self.alarm.wrapping_sub(self.counter()));
-        (now + left).checked_mul(NS_PER_S)
+        self.due.checked_mul(NS_PER_S)
     }
 
     /// Raises the alarm if its time has come.
     pub fn update(&mut self) {
-        let now = self.counter();
-        let passed = now.wrapping_sub(self.compared);
-        // A wall clock that was set back has not passed anything.
-        if passed as i32 >= 0 && self.alarm.wrapping_sub(self.compared).wrapping_sub(1) < passed {
-            self.raised = true;
-        }
-        self.compared = now;
+        (self.raised, self.due) = self.as_of_now();
         self.drive();
     }
 
+    /// RTCRIS and the next match, as they are at this moment.
+    fn as_of_now(&self) -> (bool, u64) {
+        match self.now().checked_sub(self.due) {
+            None => (self.raised, self.due),
+            Some(late) => (true, self.now() + (COUNTER_PERIOD - late % COUNTER_PERIOD)),
+        }
+    }
+
+    /// Seconds of the wall clock.
+    fn now(&self) -> u64 {
+        self.clock.wall_ns() / NS_PER_S
+    }
+
     fn counter(&self) -> u32 {
-        ((self.clock.wall_ns() / NS_PER_S) as u32).wrapping_add(self.offset)
+        (self.now() as u32).wrapping_add(self.offset)
+    }
+
+    /// The second in which the counter will reach the alarm, if it is not there now.
+    fn next_match(&self) -> u64 {
+        match self.alarm.wrapping_sub(self.counter()) {
+            0 => self.now() + COUNTER_PERIOD,
+            left => self.now() + u64::from(left),
+        }
     }
 
     /// After the counter or the alarm was set: they match if they are equal now.
     fn compare_anew(&mut self) {
-        self.compared = self.counter();
-        self.raised |= self.alarm == self.compared;
-        self.drive();
+        self.raised |= self.alarm == self.counter();
+        self.due = self.next_match();
     }
 
     fn drive(&self) {
@@ -124,7 +140,7 @@ impl MmioDevice for Rtc {
             return 0;
         }
         match offset {
-            reg::DR => self.compared.into(),
+            reg::DR => self.counter().into(),
             reg::MR => self.alarm.into(),
             reg::LR => self.load.into(),
             reg::CR => 1,
@@ -165,11 +181,7 @@ impl MmioDevice for Rtc {
 }
 
 /// All work is done inside register accesses.
-impl Pause for Rtc {
-    fn resume(&mut self) {
-        self.update();
-    }
-}
+impl Pause for Rtc {}
 
 first_version!(RtcState, "rtc");
 
@@ -177,22 +189,21 @@ impl Persist for Rtc {
     type State = RtcState;
 
     fn save(&self) -> Result<RtcState, PersistError> {
-        let Self { clock: _, irq: _, offset, load, alarm, enabled, raised, compared } = self;
-        Ok(RtcState {
-            offset: *offset,
-            load: *load,
-            alarm: *alarm,
-            enabled: *enabled,
-            raised: *raised,
-            compared: *compared,
-        })
+        // `raised` and `due` as a look at the clock would leave them.
+        let Self { clock: _, irq: _, offset, load, alarm, enabled, raised: _, due: _ } = self;
+        let (raised, due) = self.as_of_now();
+        Ok(RtcState { offset: *offset, load: *load, alarm: *alarm, enabled: *enabled, raised, due })
     }
 
     fn restore(&mut self, state: RtcState) -> Result<(), PersistError> {
-        // Every value of every field is one that guest writes and the clock can bring about.
-        let RtcState { offset, load, alarm, enabled, raised, compared } = state;
+        let RtcState { offset, load, alarm, enabled, raised, due } = state;
+        let there = (due as u32).wrapping_add(offset);
+        if there != alarm {
+            let why = format!("in second {due} the counter shows {there}, the alarm is at {alarm}");
+            return Err(PersistError::invalid("rtc", "due", why));
+        }
         (self.offset, self.load, self.alarm) = (offset, load, alarm);
-        (self.enabled, self.raised, self.compared) = (enabled, raised, compared);
+        (self.enabled, self.raised, self.due) = (enabled, raised, due);
         self.drive();
         Ok(())
     }
@@ -214,9 +225,9 @@ mod state {
         pub enabled: bool,
         /// RTCRIS.
         pub raised: bool,
-        /// The counter when the alarm was last compared with it: an alarm between then and the
-        /// restore is raised.
-        pub compared: u32,
+        /// The second of the wall clock, since 1970-01-01 00:00 UTC, in which the counter next reaches
+        /// RTCMR.
+        pub due: u64,
     }
 }
 
@@ -320,16 +331,15 @@ mod tests {
     }
 
     #[test]
-    fn a_wall_clock_that_steps_back_raises_nothing() {
+    fn a_wall_clock_that_steps_back_only_delays_the_alarm() {
         let (host, mut rtc) = at(100);
-        rtc.write(reg::MR, 4, 90);
+        rtc.write(reg::MR, 4, 110);
         rtc.write(reg::IMSC, 4, 1);
-        host.set(80);
-        rtc.update();
-        assert!(!host.irq());
-        host.set(91);
-        rtc.update();
-        assert!(host.irq());
+        for (seconds, raised) in [(80, false), (109, false), (110, true)] {
+            host.set(seconds);
+            rtc.update();
+            assert_eq!(host.irq(), raised);
+        }
     }
 
     #[test]
@@ -341,11 +351,31 @@ mod tests {
         let section = save_section("0", &rtc).unwrap();
         let (host, mut rtc) = at(5_000);
         restore_section(&mut rtc, &section).unwrap();
-        assert_eq!(save_section("0", &rtc).unwrap(), section);
         assert!(!host.irq());
-        rtc.resume();
+        rtc.update();
         assert!(host.irq());
         assert_eq!(rtc.read(reg::DR, 4), 5_100);
+    }
+
+    #[test]
+    fn what_is_saved_does_not_depend_on_who_looked_at_the_clock() {
+        let (host, mut rtc) = at(100);
+        rtc.write(reg::MR, 4, 110);
+        for seconds in [105, 115, 200] {
+            host.set(seconds);
+            let unseen = rtc.save().unwrap();
+            rtc.update();
+            assert_eq!(rtc.save().unwrap(), unseen);
+            assert_eq!(unseen.raised, seconds > 110);
+        }
+    }
+
+    #[test]
+    fn a_state_whose_alarm_is_due_at_another_time_is_refused() {
+        let (_, mut rtc) = at(100);
+        let state = RtcState { due: 7, ..rtc.save().unwrap() };
+        let error = rtc.restore(state).unwrap_err();
+        assert!(matches!(error, PersistError::Invalid { field: "due", .. }));
     }
 
     #[test]
