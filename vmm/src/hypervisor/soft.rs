@@ -20,6 +20,9 @@ use crate::config::BackendKind;
 /// MPIDR_EL1 bit 31, RES1.
 const MPIDR_RES1: u64 = 1 << 31;
 
+/// Instructions that no vCPU lives to retire: a century at a thousand million a second.
+const MOST_RETIRED: u64 = 1 << 62;
+
 /// A machine of software CPUs.
 pub struct SoftVm {
     shared: Arc<Shared>,
@@ -305,6 +308,13 @@ impl Vcpu for SoftVcpu {
             u32::try_from(value)
                 .map_err(|_| invalid(field, format!("{value:#x} has bits above 31")))
         };
+        // A deterministic counter counts instructions and idle time, so it is never behind them; elsewhere
+        // the count is only reported. Larger ones would overflow in arithmetic that trusts it.
+        let most = if self.counter.is_deterministic() { self.counter.now() } else { MOST_RETIRED };
+        if retired > most {
+            let why = format!("{retired} instructions retired, {most} are possible");
+            return Err(invalid("retired", why).into());
+        }
         let state = CpuState {
             x,
             sp_el0,

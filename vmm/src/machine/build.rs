@@ -37,6 +37,8 @@ use crate::{
 /// Sections by kind and instance.
 pub(super) type Sections = BTreeMap<(String, String), Section>;
 
+/// A counter starts at zero and gets nowhere near this: 146 years at one tick a nanosecond.
+const MOST_TICKS: u64 = 1 << 62;
 const NANOS: u128 = 1_000_000_000;
 
 impl Machine {
@@ -253,10 +255,10 @@ impl Machine {
         };
         let away = u128::from(away_ns) * u128::from(here) / NANOS;
         let ticks = u64::try_from(away).ok().and_then(|away| counter.checked_add(away));
-        match ticks {
+        match ticks.filter(|ticks| *ticks <= MOST_TICKS) {
             Some(ticks) => self.counter.set(ticks),
             None => {
-                let why = format!("{counter} ticks leave no room for {away} more");
+                let why = format!("{counter} ticks and {away} more are above {MOST_TICKS}");
                 return Err(PersistError::invalid(TimeState::KIND, "counter", why));
             }
         }
