@@ -88,7 +88,7 @@ fn main() -> anyhow::Result<ExitCode> {
     for class in &selected {
         let mut rng = Rng::new(args.seed);
         if args.record {
-            record::record(class, args.count, args.float, || draw(class, &args, &mut rng, 0))?;
+            record::record(class, args.count, args.float, |i| draw(class, &args, &mut rng, i))?;
             continue;
         }
         let side = if class.is_simd() && !args.cpu && args.step.is_none() {

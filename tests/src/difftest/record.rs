@@ -6,13 +6,17 @@ use std::fmt::Write as _;
 use squib_soft::testing::State;
 
 use super::classes::Class;
-use super::compare::execute_data;
-use super::{BATCH, Case, End};
+use super::compare::Side;
+use super::machine::Stepping;
+use super::{BATCH, Case, EDGE, End, Outcome, SCRATCH, scratch_address};
 
 /// Prints `INSN vN=VALUE... -> vN=VALUE... fpsr=VALUE`, in hexadecimal, for the first case of every
 /// key of the class that both sides carry out alike. Registers that are not named are zero before.
 /// With `float` it is the first case of every key and set of FPSR flags that the instruction raises,
 /// and the flags, FPCR and the general source register are part of the case.
+///
+/// Classes of a whole CPU have general registers, SP and flags too. Their memory is [`pattern`]
+/// before, and what has changed stands behind the arrow as `mADDRESS=VALUE`, eight bytes each.
 ///
 /// # Errors
 /// Those of [`Qemu::run`](super::Qemu::run).
@@ -20,19 +24,26 @@ pub fn record(
     class: &Class,
     count: usize,
     float: bool,
-    mut next: impl FnMut() -> Case,
+    mut next: impl FnMut(usize) -> Case,
 ) -> anyhow::Result<()> {
     let mut seen = BTreeSet::new();
     let mut left = count;
     while left > 0 {
-        let cases: Vec<_> = (0..left.min(BATCH)).map(|_| reduced(next(), float)).collect();
+        let reduce = |case| if class.is_simd() { reduced(case, float) } else { reduced_cpu(case) };
+        let cases: Vec<_> = (0..left.min(BATCH)).map(|index| reduce(next(index))).collect();
         left -= cases.len();
-        for (case, outcome) in cases.iter().zip(class.qemu().run(&cases)?) {
-            let same = outcome.end == End::Next && execute_data(case) == outcome;
+        let side = if class.is_simd() { Side::Data } else { Side::Cpu(Stepping::Blocks) };
+        let outcomes = class.qemu().run(&cases)?.into_iter().zip(side.run(&cases)?);
+        for (index, (case, (outcome, actual))) in cases.iter().zip(outcomes).enumerate() {
+            // An offset leads from farther away into the page that only this program has.
+            let far = EDGE - 0x2_0000..EDGE + 0x2_0000;
+            let mut bases = case.state.x.iter().chain([&case.state.sp]);
+            let in_scratch = !bases.any(|base| far.contains(base));
+            let same = outcome.end == End::Next && actual == outcome && in_scratch;
             let raised = outcome.state.fpsr & !case.state.fpsr;
             let kind = if float { raised } else { 0 };
             if same && seen.insert((case.insn() & class.key, kind)) {
-                println!("{}", line(case, &outcome.state));
+                println!("{}", line(index, case, &outcome));
             }
         }
     }
@@ -74,11 +85,49 @@ fn reduced(mut case: Case, float: bool) -> Case {
     case
 }
 
-fn line(case: &Case, after: &State) -> String {
+/// Only the registers that fields of the instruction may name are not zero.
+fn reduced_cpu(mut case: Case) -> Case {
+    let insn = case.insn();
+    let vector = insn >> 25 & 0b101 == 0b100 && insn >> 26 & 1 != 0;
+    let full = case.state;
+    case.state = State { nzcv: full.nzcv, ..State::default() };
+    for n in [0, 5, 10, 16].map(|at| (insn >> at & 31) as usize) {
+        match case.state.x.get_mut(n) {
+            Some(x) => *x = full.x[n],
+            None => case.state.sp = full.sp,
+        }
+    }
+    if vector {
+        // What is stored, or what a load leaves in part.
+        for n in [insn & 31, insn >> 10 & 31].map(|n| n as usize) {
+            case.state.v[n] = full.v[n];
+        }
+    }
+    if !case.memory.is_empty() {
+        case.memory = (0..SCRATCH as u32).map(pattern).collect();
+    }
+    case
+}
+
+/// The byte at `offset` of the memory of a case.
+fn pattern(offset: u32) -> u8 {
+    (offset.wrapping_mul(0x9E37_79B9) >> 24) as u8
+}
+
+fn line(index: usize, case: &Case, outcome: &Outcome) -> String {
+    let after = &outcome.state;
     let mut out = format!("{:08x}", case.insn());
     assignments(&mut out, &State::default(), &case.state);
     out += " ->";
     assignments(&mut out, &case.state, after);
+    let (before, _) = case.memory.as_chunks();
+    let (after, _) = outcome.memory.as_chunks();
+    for (n, (before, after)) in (0..).zip(before.iter().zip(after)) {
+        if before != after {
+            let address = scratch_address(index) + 8 * n;
+            let _ = write!(out, " m{address:x}={:x}", u64::from_le_bytes(*after));
+        }
+    }
     if out.ends_with("->") {
         out.push(' ');
     }
@@ -92,6 +141,9 @@ fn assignments(out: &mut String, from: &State, to: &State) {
     }
     for n in (0..32).filter(|n| from.v[*n] != to.v[*n]) {
         let _ = write!(out, " v{n}={:x}", to.v[n]);
+    }
+    if from.sp != to.sp {
+        let _ = write!(out, " sp={:x}", to.sp);
     }
     let words =
         [("nzcv", from.nzcv, to.nzcv), ("fpcr", from.fpcr, to.fpcr), ("fpsr", from.fpsr, to.fpsr)];
