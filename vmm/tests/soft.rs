@@ -1,8 +1,14 @@
 //! Whole machines on the software CPU, with guests of a few instructions.
 
-use std::{io::Write, path::Path, sync::Arc, time::Duration};
+use std::{
+    io::Write,
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
+use proptest::prelude::*;
 use squib_devices::{map, memory::GuestRam};
 use squib_formats::persist::Section;
 use squib_vmm::{
@@ -12,6 +18,8 @@ use squib_vmm::{
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
+/// Where the kernel lies.
+const KERNEL: GuestAddress = GuestAddress(map::RAM_BASE + map::SYSTEM_AREA_SIZE);
 const AMPLE: Duration = Duration::from_secs(60);
 
 /// A64 encodings (Arm ARM C6.2) of what the guests need.
@@ -276,6 +284,46 @@ fn a_clone_differs_in_its_generation_id_only() {
     let differing: Vec<_> = (0..image.len()).filter(|at| image[*at] != clone[*at]).collect();
     assert!(!differing.is_empty());
     assert!(differing.iter().all(|at| (id..id + 16).contains(at)));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn damaged_states_are_refused_or_run_without_a_panic(
+        at in any::<prop::sample::Index>(),
+        bytes in prop::collection::vec(
+            (any::<prop::sample::Index>(), prop_oneof![Just(0u8), Just(0xff), any::<u8>()]),
+            1..6,
+        ),
+    ) {
+        static GOOD: OnceLock<(TempDir, MachineConfig, Vec<Section>, Vec<u8>)> = OnceLock::new();
+        let (_dir, config, sections, code) = GOOD.get_or_init(|| {
+            let dir = TempDir::new().unwrap();
+            let config = counting(dir.path());
+            let (machine, _) = boot(&config);
+            machine.run_until(100).unwrap();
+            let mut code = vec![0; 0x1000];
+            machine.ram().read_slice(&mut code, KERNEL).unwrap();
+            let sections = machine.save().unwrap();
+            (dir, config, sections, code)
+        });
+        let mut sections = sections.clone();
+        let section = at.get_mut(&mut sections);
+        for (at, byte) in &bytes {
+            *at.get_mut(&mut section.payload) = *byte;
+        }
+        let fill = |ram: &GuestRam, _: &_| ram.write_slice(code, KERNEL);
+        let options = RestoreOptions::default();
+        let sink = Box::new(std::io::sink());
+        let restored = Machine::restore(config.clone(), sections, options, sink, fill);
+        if let Ok(machine) = restored {
+            let ended = machine.run_until(400);
+            let panicked = matches!(&ended, Ok(RunUntil::Ended(Outcome::Crashed(_))));
+            prop_assert!(!panicked, "{:?}", ended);
+            machine.save().unwrap();
+        }
+    }
 }
 
 #[test]
