@@ -138,13 +138,43 @@ fn places_without_a_name_or_a_parent_are_refused() {
     }
 }
 
-/// Where the writer that is to be killed writes.
-const KILLED_DIR: &str = "SQUIB_TEST_KILLED_WRITER";
+#[test]
+#[ignore = "the child process of a_write_that_the_kernel_refuses_is_named_and_leaves_nothing"]
+fn a_writer_under_a_limit_of_file_sizes() {
+    // Run by hand there is nothing to do.
+    let Some(dir) = env::var_os(CHILD_DIR) else { return };
+    let mut staging = Staging::new(&Path::new(&dir).join("snap"), Existing::Refuse).unwrap();
+    let error = common::stage(&mut staging, Control::default()).unwrap_err();
+    let FormatError::NoRoom { file, .. } = &error else { panic!("{error}") };
+    assert_eq!(file, "memory.zst");
+    drop(staging);
+    assert_eq!(common::names(Path::new(&dir)), [""; 0]);
+}
+
+#[test]
+fn a_write_that_the_kernel_refuses_is_named_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    // The noise in the sample's memory makes memory.zst longer than 32 KiB. Without the trap the
+    // signal would end the child.
+    let status = Command::new("sh")
+        .args(["-c", r#"trap '' XFSZ; ulimit -f 32; exec "$0" "$@""#])
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", "publishing::a_writer_under_a_limit_of_file_sizes", "--ignored"])
+        .env(CHILD_DIR, dir.path())
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+/// Tells a child process where to write.
+const CHILD_DIR: &str = "SQUIB_TEST_CHILD_DIR";
 
 #[test]
 #[ignore = "the child process of a_killed_writer_leaves_the_old_snapshot_or_the_new_one"]
 fn a_writer_that_goes_on_until_it_is_killed() {
-    let dir = env::var_os(KILLED_DIR).expect("the parent says where");
+    // Run by hand there is nothing to do.
+    let Some(dir) = env::var_os(CHILD_DIR) else { return };
     loop {
         let mut staging = Staging::new(&Path::new(&dir).join("snap"), Existing::Replace).unwrap();
         let manifest = common::stage(&mut staging, Control::default()).unwrap();
@@ -161,7 +191,7 @@ fn a_killed_writer_leaves_the_old_snapshot_or_the_new_one() {
         let mut child = Command::new(env::current_exe().unwrap())
             .args(["--exact", "publishing::a_writer_that_goes_on_until_it_is_killed"])
             .args(["--ignored", "--nocapture"])
-            .env(KILLED_DIR, dir.path())
+            .env(CHILD_DIR, dir.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
