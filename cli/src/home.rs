@@ -25,6 +25,7 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use squib_vmm::config::NAME_MAX;
 
 /// Room for a path in `sockaddr_un`, its closing zero byte not counted.
 const SOCKET_PATH_MAX: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
@@ -38,6 +39,16 @@ pub enum HomeError {
     /// No variable names a folder.
     #[error("no run-time folder: set SQUIB_HOME, XDG_RUNTIME_DIR or HOME")]
     NoFolder,
+    /// The name could lead out of the folder.
+    #[error(
+        "`{}` cannot be a VM's name: letters, digits, `.`, `_` and `-` after a letter or digit can, \
+         {NAME_MAX} at most",
+        name.escape_debug()
+    )]
+    Name {
+        /// The name.
+        name: String,
+    },
     /// A VM of that name runs.
     #[error("a VM named `{name}` is already running (process {pid}): choose another with --name")]
     NameTaken {
@@ -146,6 +157,11 @@ impl Home {
 
     /// Takes the name for this process; what dead VMs left is removed.
     pub fn claim(&self, name: &str) -> Result<VmDir, HomeError> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if !starts_well || name.len() > NAME_MAX || !name.chars().all(plain) {
+            return Err(HomeError::Name { name: name.to_owned() });
+        }
         self.clean();
         let dir = self.vms.join(name);
         let mut tries = 0;
@@ -436,6 +452,14 @@ mod tests {
         assert!(home.running().unwrap().is_empty());
         let _vm = home.claim("other").unwrap();
         assert!(!dead.exists() && !disks.exists());
+    }
+
+    #[test]
+    fn a_name_does_not_lead_out_of_the_folder() {
+        let (_dir, home) = home();
+        for name in ["", ".", "..", "../x", "a/b", ".a", "a b", &"x".repeat(NAME_MAX + 1)] {
+            assert!(matches!(home.claim(name), Err(HomeError::Name { .. })), "{name}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use squib_vmm::machine::{Machine, RunState};
 
-use crate::{api::types::Phase, args::TimingsFormat, output::ms};
+use crate::{api::types::Phase, args::TimingsFormat, console::message, output::ms};
 
 /// How often it is looked whether something has happened; what is reported is when it happened.
 const LOOK: Duration = Duration::from_millis(2);
@@ -77,7 +77,7 @@ impl Phases {
                 first_console_byte_ms: since(marks.first_console_byte()),
                 phases: self.list,
             };
-            eprintln!("{}", timings.show(format));
+            message(&format!("{}\n", timings.show(format)));
         })?;
         Ok(())
     }

@@ -5,22 +5,25 @@ mod output;
 mod terminal;
 
 use std::{
-    io::{IsTerminal, Read, Write},
+    io::{IsTerminal, Read},
     sync::mpsc::Sender,
     thread,
 };
 
 pub(crate) use output::Output;
 use terminal::RawMode;
-pub(crate) use terminal::{reenter as reenter_raw_mode, restore as restore_terminal};
+pub(crate) use terminal::{
+    Messages, message, reenter as reenter_raw_mode, restore as restore_terminal,
+};
 
 use crate::events::Event;
 use escape::{Escape, Key};
 
-const HELP: &str = "\r\n\
-squib: Ctrl-A x       end the VM\r\n\
-squib: Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n\
-squib: Ctrl-A h       this help\r\n";
+const HELP: &str = "
+squib: Ctrl-A x       end the VM
+squib: Ctrl-A Ctrl-A  send Ctrl-A to the guest
+squib: Ctrl-A h       this help
+";
 
 /// Where the console's input goes. Blocks while the guest does not take more.
 pub(crate) type Input = Box<dyn FnMut(&[u8]) + Send>;
@@ -60,7 +63,7 @@ impl Console {
                 for key in escape.feed(bytes) {
                     match key {
                         Key::Bytes(bytes) => input(&bytes),
-                        Key::Help => drop(std::io::stderr().write_all(HELP.as_bytes())),
+                        Key::Help => message(HELP),
                         // Nobody to tell: the VM is already ending.
                         Key::Quit => drop(events.send(Event::UserQuit)),
                     }

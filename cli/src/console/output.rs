@@ -63,7 +63,9 @@ impl Output {
                 shared.changed.notify_all();
                 drop(queue);
                 if let Err(e) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
-                    eprintln!("squib: the console output is closed ({e}); the VM runs on");
+                    super::message(&format!(
+                        "squib: the console output is closed ({e}); the VM runs on\n"
+                    ));
                     let mut queue = lock(&shared);
                     queue.closed = true;
                     queue.bytes.clear();

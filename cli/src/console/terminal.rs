@@ -2,11 +2,11 @@
 //! reach: the guard's drop, the signal thread, and the panic hook.
 
 use std::{
-    io,
+    io::{self, Write},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 /// The settings from before raw mode, while it is on.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
@@ -40,6 +40,27 @@ pub(crate) fn restore() {
     }
 }
 
+/// Writes a message of squib's own to stderr. In raw mode a line does not begin at the left edge by itself.
+pub(crate) fn message(text: &str) {
+    let text = if saved().is_some() { text.replace('\n', "\r\n") } else { text.to_owned() };
+    // There is no other place to say it.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Writes as [`message`] does.
+pub(crate) struct Messages;
+
+impl Write for Messages {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        message(&String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Sets raw mode again after the process was stopped and continued: the shell has changed the terminal.
 pub(crate) fn reenter() {
     if saved().is_some() {
@@ -50,8 +71,6 @@ pub(crate) fn reenter() {
 fn set_raw() -> io::Result<()> {
     let Some(mut raw) = saved().clone() else { return Ok(()) };
     raw.make_raw();
-    // Messages of squib's own still begin at the left edge.
-    raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
     tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
     Ok(())
 }

@@ -22,10 +22,7 @@ done
 read -r console < /sys/class/tty/console/active
 console=/dev/${console##* }
 
-trap '/sbin/poweroff' USR1 USR2
-trap '/sbin/reboot' TERM
-
 cd /root
-setsid -c $program < "$console" > "$console" 2>&1 &
-wait $!
+# In the foreground: a shell that is started in the background ignores Ctrl-C, and so does all it starts.
+setsid -c $program < "$console" > "$console" 2>&1
 /sbin/poweroff

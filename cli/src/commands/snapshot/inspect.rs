@@ -1,12 +1,11 @@
 //! `squib snapshot inspect`.
 
-use serde::Serialize;
 use squib_formats::{
-    digest::Digest,
     error::FormatError,
-    manifest::{DiskStorage, Manifest},
+    manifest::{DiskRecord, DiskStorage},
     snapshot_dir::Snapshot,
 };
+use squib_snapshot::inspect::{ImageInspection, Inspection, inspect as look};
 
 use crate::{
     args::InspectArgs,
@@ -14,43 +13,34 @@ use crate::{
     output::{bytes, print_json},
 };
 
-#[derive(Serialize)]
-struct Answer<'a> {
-    id: Digest,
-    format: String,
-    #[serde(flatten)]
-    manifest: &'a Manifest,
-}
-
 pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
-    let snapshot = match Snapshot::open(&args.dir) {
-        Ok(snapshot) => snapshot,
+    let inspection = match look(&args.dir) {
+        Ok(inspection) => inspection,
         Err(error @ FormatError::Format { .. }) => {
             // What any build can tell of any snapshot.
             let header = Snapshot::peek(&args.dir).code(Code::Snapshot)?;
-            println!("format   {}.{}", header.major, header.minor);
-            println!("arch     {}", header.arch_text());
+            println!("format    {}.{}, {}", header.major, header.minor, header.arch_text());
+            println!("writer    squib {}", header.writer_text());
             return Err(Failure::new(Code::Snapshot, error));
         }
         Err(error) => return Err(Failure::new(Code::Snapshot, error)),
     };
-    let header = snapshot.header();
-    let format = format!("{}.{}", header.major, header.minor);
     if args.json {
-        let answer = Answer { id: snapshot.id(), format, manifest: snapshot.manifest() };
-        print_json(&answer)?;
+        print_json(&inspection)?;
     } else {
-        show(&snapshot, &format);
+        show(&inspection);
     }
     Ok(Code::Done)
 }
 
-fn show(snapshot: &Snapshot, format: &str) {
-    let manifest = snapshot.manifest();
+fn show(inspection: &Inspection) {
+    let Inspection { path: _, id, format, arch, writer_version: _, stored, images, manifest } =
+        inspection;
     let machine = &manifest.machine;
-    println!("id        {}", snapshot.id());
-    println!("format    {format}, {}", snapshot.header().arch_text());
-    println!("created   {} by {} on {}", utc(manifest.created), manifest.writer, manifest.host);
+    println!("id        {id}");
+    println!("format    {format}, {arch}, {}", bytes(*stored));
+    println!("created   {} by {}", utc(manifest.created), manifest.writer);
+    println!("host      {}", manifest.host);
     if let Some(parent) = manifest.parent {
         println!("parent    {parent}");
     }
@@ -67,23 +57,25 @@ fn show(snapshot: &Snapshot, format: &str) {
         println!("initrd    {initrd}");
     }
     println!("cmdline   {}", machine.cmdline);
-    for disk in &machine.disks {
-        let place = match disk.storage {
-            DiskStorage::Captured => "captured".to_owned(),
-            DiskStorage::Reference => format!("at {}", disk.path),
+    for DiskRecord { id, path, size, read_only, storage, digest } in &machine.disks {
+        let place = match storage {
+            DiskStorage::Captured => "captured from",
+            DiskStorage::Reference => "stays at",
         };
-        let read_only = if disk.read_only { ", read-only" } else { "" };
-        println!("disk      {}: {}{read_only}, {place}", disk.id, bytes(disk.size));
-        println!("          {}", disk.digest);
+        let read_only = if *read_only { ", read-only" } else { "" };
+        println!("disk      {id}: {}{read_only}, {place} {path}", bytes(*size));
+        println!("          {digest}");
     }
-    for image in &manifest.images {
-        let stored = [image.index_file(), image.data_file()]
-            .iter()
-            .filter_map(|name| manifest.file(name).ok())
-            .map(|file| file.length)
-            .sum::<u64>();
-        println!("image     {}: {}, {} stored", image.name, bytes(image.size), bytes(stored));
-        println!("          {}", image.digest);
+    for ImageInspection { record, chunks, zero_chunks, duplicate_chunks, stored } in images {
+        println!(
+            "image     {}: {} in {}; {chunks} chunks of {}, {zero_chunks} zero, \
+             {duplicate_chunks} duplicate",
+            record.name,
+            bytes(record.size),
+            bytes(*stored),
+            bytes(record.chunk_size.into())
+        );
+        println!("          {}", record.digest);
     }
     for section in &manifest.sections {
         println!(

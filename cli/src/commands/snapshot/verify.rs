@@ -1,11 +1,8 @@
 //! `squib snapshot verify`.
 
 use serde::Serialize;
-use squib_formats::{
-    digest::Digest,
-    image::Control,
-    verify::{Verified, verify as check},
-};
+use squib_formats::{digest::Digest, image::Control};
+use squib_snapshot::verify::{Verified, verify as check};
 
 use crate::{
     args::VerifyArgs,

@@ -1,0 +1,413 @@
+//! The commands as a user runs them, with the tiny guest in them.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    thread,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use squib::api::{
+    client::{Client, ClientError},
+    types::{InstanceState, SnapshotReport, VmState},
+};
+use squib_tests::{
+    console::Capture,
+    tiny::{POWER_OFF, Tiny},
+};
+
+/// Bounds how long a guest that hangs is waited for.
+const PATIENCE: Duration = Duration::from_secs(120);
+const PRINT_EVERY: u32 = 64;
+
+/// A folder with a guest, and a run-time folder of its own.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // Ticks that are rare enough for a guest that runs by the host's clock.
+        let tiny = Tiny { timer_ticks: 200_000, print_every: PRINT_EVERY };
+        tiny.write(&dir.path().join("kernel")).unwrap();
+        fs::write(dir.path().join("disk.img"), vec![0x5a; 64 << 10]).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn squib<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_squib"));
+        command.args(words).current_dir(self.dir.path()).env("SQUIB_HOME", self.path("home"));
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end: exit code, stdout, stderr.
+    fn done(&self, words: &[&str]) -> (i32, String, String) {
+        let Output { status, stdout, stderr } = self.squib(words).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (status.code().unwrap_or(-1), text(stdout), text(stderr))
+    }
+
+    fn vm(&self, words: &[&str]) -> Vm {
+        let mut command = self.squib(words);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (console, messages) = (Capture::default(), Capture::default());
+        let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (mut console_end, mut message_end) = (console.clone(), messages.clone());
+        let readers = vec![
+            thread::spawn(move || drop(std::io::copy(&mut out, &mut console_end))),
+            thread::spawn(move || drop(std::io::copy(&mut err, &mut message_end))),
+        ];
+        Vm { child, console, messages, readers }
+    }
+
+    /// A VM with the tiny guest.
+    fn run(&self, more: &[&str]) -> Vm {
+        let mut words = vec!["run", "--kernel", "kernel", "--memory", "64M", "--disk", "disk.img"];
+        words.extend(more);
+        self.vm(&words)
+    }
+
+    /// What lies in the run-time folder of VMs.
+    fn left(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        for dir in ["home/run/vms", "home/disks"] {
+            for entry in fs::read_dir(self.path(dir)).unwrap() {
+                names.push(entry.unwrap().file_name().into_string().unwrap());
+            }
+        }
+        names
+    }
+}
+
+struct Vm {
+    child: Child,
+    console: Capture,
+    messages: Capture,
+    readers: Vec<thread::JoinHandle<()>>,
+}
+
+impl Vm {
+    /// Waits until the guest has printed `count` lines more.
+    fn wait_lines(&self, count: usize) {
+        let had = rounds(&self.console.text()).len();
+        let seen = self
+            .console
+            .wait_for(PATIENCE, |text| (rounds(text).len() >= had + count).then_some(()));
+        assert!(seen.is_some(), "{}\n{}", self.console.text(), self.messages.text());
+    }
+
+    fn send(&mut self, byte: u8) {
+        use std::io::Write;
+        self.child.stdin.as_mut().unwrap().write_all(&[byte]).unwrap();
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits for the end; exit status, console and messages.
+    fn end(mut self) -> (ExitStatus, String, String) {
+        let status = self.child.wait().unwrap();
+        for reader in self.readers.drain(..) {
+            reader.join().unwrap();
+        }
+        (status, self.console.text(), self.messages.text())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The rounds in the guest's whole lines.
+fn rounds(text: &str) -> Vec<u32> {
+    text.split_inclusive('\n')
+        .filter(|line| line.ends_with('\n'))
+        .filter_map(|line| line.trim().strip_prefix("n=")?.split(' ').next())
+        .map(|n| u32::from_str_radix(n, 16).unwrap())
+        .collect()
+}
+
+/// Nothing is missing and nothing comes twice.
+fn assert_unbroken(rounds: &[u32]) {
+    for pair in rounds.windows(2) {
+        assert_eq!(pair[1], pair[0] + PRINT_EVERY, "{rounds:x?}");
+    }
+}
+
+fn create(place: &Place, more: &[&str]) -> SnapshotReport {
+    let mut words = vec!["snapshot", "create", "a", "--output", "snap", "--json"];
+    words.extend(more);
+    let (code, out, err) = place.done(&words);
+    assert_eq!(code, 0, "{err}");
+    serde_json::from_str(&out).unwrap()
+}
+
+fn socket(place: &Place) -> PathBuf {
+    place.path("home/run/vms/a/api.sock")
+}
+
+#[test]
+fn a_guest_that_powers_off_ends_with_0_and_leaves_nothing() {
+    let place = Place::new();
+    let mut vm = place.run(&["--timings"]);
+    vm.wait_lines(2);
+    vm.send(POWER_OFF);
+    let (status, console, messages) = vm.end();
+    assert_eq!(status.code(), Some(0), "{messages}");
+    assert_unbroken(&rounds(&console));
+    for phase in ["load kernel", "first guest instruction", "first console byte"] {
+        assert!(messages.contains(phase), "{messages}");
+    }
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn the_end_of_input_does_not_end_the_vm_and_a_signal_does() {
+    let place = Place::new();
+    let mut vm = place.run(&["--name", "a"]);
+    drop(vm.child.stdin.take());
+    vm.wait_lines(3);
+    vm.signal(Signal::TERM);
+    let (status, _, messages) = vm.end();
+    assert_eq!(status.code(), Some(143), "{messages}");
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn a_snapshot_goes_on_in_a_new_process_with_the_next_round() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(2);
+    let report = create(&place, &["--stop"]);
+    let (status, before, messages) = vm.end();
+    assert_eq!(status.code(), Some(0), "{messages}");
+    assert_eq!((report.memory_bytes, report.disks[0].bytes), (64 << 20, 64 << 10));
+    // The guest is gone: its disk is what the snapshot says.
+    let (_, digest, _) = place.done(&["digest", "disk.img"]);
+    assert!(digest.starts_with(&report.disks[0].digest), "{digest}");
+
+    let mut vm = place.vm(&["snapshot", "restore", "snap"]);
+    vm.wait_lines(3);
+    vm.send(POWER_OFF);
+    let (status, after, messages) = vm.end();
+    assert_eq!(status.code(), Some(0), "{messages}");
+    assert_unbroken(&rounds(&(before + &after)));
+    assert!(messages.contains("disk vda is a private copy"), "{messages}");
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn a_guest_that_is_snapshotted_runs_on_and_the_restored_one_can_live_beside_it() {
+    let place = Place::new();
+    let mut vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    create(&place, &["--durability", "none"]);
+    vm.wait_lines(2);
+    fs::create_dir(place.path("disks")).unwrap();
+    let (code, _, error) = place.done(&["snapshot", "restore", "snap"]);
+    assert_eq!((code, error.contains("already running")), (2, true), "{error}");
+    let twin =
+        place.vm(&["snapshot", "restore", "snap", "--name", "b", "--clone", "--disk-dir", "disks"]);
+    twin.wait_lines(2);
+    let (_, list, _) = place.done(&["ps", "--json"]);
+    let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+    let names: Vec<&str> =
+        list.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["a", "b"]);
+    twin.signal(Signal::INT);
+    assert_eq!(twin.end().0.code(), Some(130));
+    assert!(place.path("disks/vda.img").exists(), "a disk in --disk-dir stays");
+    vm.wait_lines(1);
+    vm.send(POWER_OFF);
+    let (status, console, _) = vm.end();
+    assert_eq!(status.code(), Some(0));
+    assert_unbroken(&rounds(&console));
+}
+
+#[test]
+fn a_restore_that_is_paused_runs_nothing_until_it_is_told_to() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    let first = create(&place, &["--stop"]);
+    let (_, before, _) = vm.end();
+
+    let mut vm = place.vm(&["snapshot", "restore", "snap", "--paused"]);
+    let client = Client::new(&socket(&place));
+    while client.info().is_err() {
+        assert!(vm.child.try_wait().unwrap().is_none(), "{}", vm.messages.text());
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(client.info().unwrap().state, InstanceState::NotStarted);
+    let (code, out, error) =
+        place.done(&["snapshot", "create", "a", "--output", "again", "--json"]);
+    assert_eq!(code, 0, "{error}");
+    let again: SnapshotReport = serde_json::from_str(&out).unwrap();
+    assert_eq!(again.memory_digest, first.memory_digest);
+    assert_eq!(again.disks, first.disks);
+    assert_eq!(vm.console.text(), "");
+
+    client.set_state(VmState::Resumed).unwrap();
+    vm.wait_lines(2);
+    client.set_state(VmState::Paused).unwrap();
+    assert_eq!(client.info().unwrap().state, InstanceState::Paused);
+    client.set_state(VmState::Resumed).unwrap();
+    vm.wait_lines(2);
+    vm.send(POWER_OFF);
+    let (status, after, _) = vm.end();
+    assert_eq!(status.code(), Some(0));
+    assert_unbroken(&rounds(&(before + &after)));
+}
+
+#[test]
+fn a_snapshot_that_is_there_is_replaced_only_by_force() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    let first = create(&place, &[]);
+    let (code, _, error) = place.done(&["snapshot", "create", "a", "--output", "snap"]);
+    assert_eq!((code, error.contains("--force")), (5, true), "{error}");
+    vm.wait_lines(1);
+    let second = create(&place, &["--force"]);
+    assert_ne!(first.id, second.id);
+    let (code, out, _) = place.done(&["snapshot", "verify", "snap"]);
+    assert_eq!((code, out.contains(&second.id)), (0, true), "{out}");
+    let (code, out, _) = place.done(&["snapshot", "inspect", "snap", "--json"]);
+    let inspection: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, inspection["id"].as_str()), (0, Some(second.id.as_str())));
+}
+
+#[test]
+fn a_damaged_snapshot_is_refused_with_the_file_and_the_chunk() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    create(&place, &["--stop"]);
+    vm.end();
+    let file = place.path("snap/memory.zst");
+    let mut bytes = fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    for command in ["verify", "restore"] {
+        let (code, _, error) = place.done(&["snapshot", command, "snap"]);
+        assert_eq!(code, 5, "{command}: {error}");
+        assert!(error.contains("memory.zst: chunk "), "{command}: {error}");
+    }
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn a_disk_of_the_users_own_has_to_be_the_snapshots() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    create(&place, &["--stop"]);
+    vm.end();
+    let restore = ["snapshot", "restore", "snap", "--disk", "vda=disk.img"];
+    let mut vm = place.vm(&restore);
+    vm.wait_lines(1);
+    vm.send(POWER_OFF);
+    assert_eq!(vm.end().0.code(), Some(0));
+    // The guest has written to it since.
+    let (code, _, error) = place.done(&restore);
+    assert_eq!((code, error.contains("--allow-changed-disks")), (5, true), "{error}");
+    let mut vm = place.vm(&[&restore[..], &["--allow-changed-disks"]].concat());
+    vm.wait_lines(1);
+    vm.send(POWER_OFF);
+    assert_eq!(vm.end().0.code(), Some(0));
+}
+
+#[test]
+fn a_name_is_free_again_after_its_vm_was_killed() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    let (code, _, error) = place.done(&["run", "--kernel", "kernel", "--name", "a"]);
+    assert_eq!((code, error.contains("already running")), (2, true), "{error}");
+    let (code, _, error) =
+        place.done(&["run", "--kernel", "kernel", "--name", "b", "--disk", "disk.img"]);
+    assert_eq!((code, error.contains("in use by another VM")), (2, true), "{error}");
+    vm.signal(Signal::KILL);
+    vm.end();
+    assert!(socket(&place).exists(), "a killed VM cannot clean up");
+    let (code, _, error) = place.done(&["snapshot", "create", "a", "--output", "snap"]);
+    assert_eq!((code, error.contains("no VM named `a`")), (6, true), "{error}");
+    let mut vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    vm.send(POWER_OFF);
+    assert_eq!(vm.end().0.code(), Some(0));
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn a_failed_snapshot_leaves_the_guest_running_and_nothing_behind() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    let outputs =
+        |words: &[&str]| place.done(&[&["snapshot", "create", "a", "-o"], words].concat());
+    let (code, _, error) = outputs(&["no/such/dir/snap", "--stop"]);
+    assert_eq!(code, 5, "{error}");
+    fs::create_dir(place.path("mine")).unwrap();
+    fs::write(place.path("mine/file"), "precious").unwrap();
+    let (code, _, error) = outputs(&["mine", "--force", "--stop"]);
+    assert_eq!(code, 5, "{error}");
+    assert_eq!(fs::read(place.path("mine/file")).unwrap(), b"precious");
+    vm.wait_lines(2);
+    let names: Vec<_> =
+        fs::read_dir(place.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+}
+
+#[test]
+fn what_cannot_be_used_is_said_with_code_2() {
+    let place = Place::new();
+    fs::write(place.path("elf"), b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0").unwrap();
+    let run = |words: &[&str]| {
+        let (code, _, error) = place.done(&[&["run"], words].concat());
+        assert_eq!(code, 2, "{words:?}: {error}");
+        error
+    };
+    for (words, said) in [
+        (&["--kernel", "nothing"][..], "No such file"),
+        (&["--kernel", "elf"], "x86-64"),
+        (&["--kernel", "kernel", "--disk", "nothing"], "No such file"),
+        (&["--kernel", "kernel", "--disk", "."], "neither a regular file nor a block device"),
+        (&["--kernel", "kernel", "--memory", "1M"], "64 MiB"),
+        (&["--kernel", "kernel", "--cpus", "0"], "vCPUs"),
+        (&["--kernel", "kernel", "--backend", "qemu"], "no backend `qemu`"),
+        (&["--kernel", "kernel", "--name", "../x"], "name"),
+        (&["--kernel", "kernel", "--deterministic", "--cpus", "2"], "one vCPU"),
+        (&["--kernel", "kernel", "--api-sock", "kernel"], "not a socket"),
+    ] {
+        let error = run(words);
+        assert!(error.contains(said), "{words:?}: {error}");
+    }
+    let error = run(&["--kernel", "kernel", "--api-sock", &"x".repeat(200)]);
+    assert!(error.contains("--api-sock"), "{error}");
+}
+
+#[test]
+fn a_client_of_a_vm_that_has_ended_is_told_so() {
+    let place = Place::new();
+    let missing = Path::new("/nonexistent/api.sock");
+    assert!(matches!(Client::new(missing).info(), Err(ClientError::Connect { .. })));
+    let (code, _, error) = place.done(&["snapshot", "create", "./none.sock", "-o", "snap"]);
+    assert_eq!((code, error.contains("squib ps")), (6, true), "{error}");
+}
