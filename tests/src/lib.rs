@@ -2,6 +2,7 @@
 //! What the end-to-end tests and the bench-side tools share.
 
 pub mod console;
+pub mod debian;
 pub mod difftest;
 pub mod scenario;
 pub mod tiny;

@@ -2,7 +2,8 @@
 # First program of the squib guest kit.
 #
 # Kernel command line words it knows:
-#   root=DEVICE   mount that ext4 file system and run its /sbin/init (or init=PATH); `ro` mounts it read-only
+#   root=DEVICE   mount that ext4 file system and run its /sbin/init (or init=PATH); `ro` mounts it read-only,
+#                 and what stands behind `--` are its arguments
 #   squib.demo    the job of `squib demo`: fill the disk, count, answer commands
 # Without them: a shell on the console, which powers the machine off when it ends.
 
@@ -37,6 +38,7 @@ wait_for() {
     done
 }
 
+# The arguments are those of the new root's init.
 switch() {
     wait_for "$root" || { echo "squib: no block device $root"; return 1; }
     mkdir -p /newroot
@@ -45,7 +47,7 @@ switch() {
     mount -o move /dev /newroot/dev
     mount -o move /sys /newroot/sys
     mount -o move /proc /newroot/proc
-    exec switch_root /newroot "$init"
+    exec switch_root /newroot "$init" "$@"
 }
 
 sum() {
@@ -81,7 +83,7 @@ trap 'sync; poweroff -f' USR1
 trap 'sync; reboot -f' TERM
 
 case $job in
-    root) switch ;;
+    root) switch "$@" ;;
     demo) demo; sync; poweroff -f ;;
 esac
 
