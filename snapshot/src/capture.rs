@@ -253,7 +253,7 @@ pub fn capture(
 
     let started = Instant::now();
     let memory = run.phase(Phase::Memory, |control| {
-        write_image(&mut staging, MEMORY_IMAGE, &RamSource(guest.ram()), control)
+        write_image(&mut staging, MEMORY_IMAGE, &RamSource::new(guest.ram()), control)
     })?;
     timings.memory = started.elapsed();
 

@@ -2,20 +2,35 @@
 
 use std::io;
 
-use squib_devices::{map::SYSTEM_AREA_SIZE, memory::GuestRam};
+use squib_devices::{
+    map::SYSTEM_AREA_SIZE,
+    memory::{GuestRam, Untouched},
+};
 use squib_formats::image::{Content, Sink, Source};
 use vm_memory::{Bytes, GuestAddress};
 
-/// The RAM of a paused machine.
-pub(crate) struct RamSource<'a>(pub(crate) &'a GuestRam);
+/// The RAM of a paused machine. What nobody has touched is not read.
+pub(crate) struct RamSource<'a> {
+    ram: &'a GuestRam,
+    untouched: Option<Untouched>,
+}
+
+impl<'a> RamSource<'a> {
+    pub(crate) fn new(ram: &'a GuestRam) -> Self {
+        Self { ram, untouched: ram.untouched() }
+    }
+}
 
 impl Source for RamSource<'_> {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.ram.size()
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
-        let read = self.0.read_slice(into, address(self.0, offset)?);
+        if self.untouched.as_ref().is_some_and(|map| map.covers(offset, into.len() as u64)) {
+            return Ok(Content::Zero);
+        }
+        let read = self.ram.read_slice(into, address(self.ram, offset)?);
         read.map_err(io::Error::other)?;
         Ok(Content::Data)
     }

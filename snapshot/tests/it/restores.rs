@@ -189,8 +189,11 @@ fn nobody_lets_a_machine_run_while_it_is_captured() {
             }
         }
 
-        fn advanced(&self, _: &Phase, _: u64, _: u64, _: u64) {
-            assert_eq!(self.machine.state(), RunState::Paused);
+        fn advanced(&self, phase: &Phase, _: u64, _: u64, _: u64) {
+            // The read-only disk is digested later, when the guest may run again.
+            if *phase == Phase::Memory || *phase == Phase::Disk("root".into()) {
+                assert_eq!(self.machine.state(), RunState::Paused);
+            }
         }
     }
     let dir = tempfile::tempdir().unwrap();
