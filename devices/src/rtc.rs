@@ -5,8 +5,8 @@
 //! as one.
 //!
 //! The alarm needs someone to look at the clock: the machine calls [`Rtc::update`] at
-//! [`Rtc::alarm_at`], also after a restore, and every register access looks too. An alarm whose time
-//! passed while the machine was saved is raised when it is back. What is saved does not depend on who
+//! [`Rtc::alarm_at`], and every register access looks too. An alarm whose time passed while the
+//! machine was paused or saved is raised when it is back. What is saved does not depend on who
 //! looked when, so that a deterministic machine can be stopped anywhere.
 
 use std::sync::Arc;
@@ -180,8 +180,13 @@ impl MmioDevice for Rtc {
     }
 }
 
-/// All work is done inside register accesses.
-impl Pause for Rtc {}
+/// All work is done inside register accesses. A deterministic machine does not let a pause look at the
+/// clock: it leaves `resume` out.
+impl Pause for Rtc {
+    fn resume(&mut self) {
+        self.update();
+    }
+}
 
 first_version!(RtcState, "rtc");
 
@@ -352,7 +357,7 @@ mod tests {
         let (host, mut rtc) = at(5_000);
         restore_section(&mut rtc, &section).unwrap();
         assert!(!host.irq());
-        rtc.update();
+        rtc.resume();
         assert!(host.irq());
         assert_eq!(rtc.read(reg::DR, 4), 5_100);
     }
