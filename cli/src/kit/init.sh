@@ -77,22 +77,23 @@ demo() {
     done < "$console" > "$console"
 }
 
-# Nobody is init here: `poweroff`, `halt` and `reboot` signal us.
-trap 'sync; poweroff -f' USR2
-trap 'sync; poweroff -f' USR1
-trap 'sync; reboot -f' TERM
-
 case $job in
     root) switch "$@" ;;
-    demo) demo; sync; poweroff -f ;;
+    demo) demo; sync; busybox poweroff -f ;;
 esac
 
 busybox --install -s 2>/dev/null
 hostname squib
 ip link set lo up
+# From here on busybox is init: it knows what `poweroff`, `halt` and `reboot` mean, and reaps orphans.
+cat > /etc/shell <<'END'
+#!/bin/sh
+export HOME=/root TERM=linux
 echo
 echo "squib guest kit, Linux $(uname -r), $(nproc) CPU(s). \`poweroff\` or the end of this shell ends the machine."
-setsid cttyhack sh -l &
-wait $!
-sync
-poweroff -f
+sh -l
+poweroff
+END
+chmod 755 /etc/shell
+echo "${console#/dev/}::once:/etc/shell" > /etc/inittab
+exec busybox init
