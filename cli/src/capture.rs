@@ -132,6 +132,10 @@ fn report(path: &Path, captured: &Captured) -> anyhow::Result<SnapshotReport> {
         memory_digest: memory.record.digest.to_string(),
         disks: disks.collect(),
         memory_bytes: memory.record.size,
+        raw_bytes: captured
+            .disks
+            .iter()
+            .fold(memory.record.size, |sum, (_, disk)| sum.saturating_add(disk.record.size)),
         stored_bytes: *stored,
         downtime_ms: ms(timings.downtime),
         timings: phases

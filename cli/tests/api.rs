@@ -59,6 +59,7 @@ impl Controlled for Recorder {
             memory_digest: "cd".into(),
             disks: vec![DiskReport { id: "vda".into(), digest: "ef".into(), bytes: 512 }],
             memory_bytes: 1024,
+            raw_bytes: 1536,
             stored_bytes: 10,
             downtime_ms: 0.5,
             timings: Vec::new(),

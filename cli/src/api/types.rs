@@ -106,7 +106,9 @@ pub struct SnapshotReport {
     pub disks: Vec<DiskReport>,
     /// Size of guest memory, bytes.
     pub memory_bytes: u64,
-    /// Bytes of all the snapshot's files.
+    /// Size of guest memory and of the disks that the snapshot holds, bytes.
+    pub raw_bytes: u64,
+    /// Bytes of all the snapshot's files but its manifest.
     pub stored_bytes: u64,
     /// How long the guest stood still for it; 0 if it was paused before.
     pub downtime_ms: f64,

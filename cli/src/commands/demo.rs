@@ -142,7 +142,7 @@ impl Demo<'_> {
             pause_ms: before.timings.iter().find(|p| p.name == "pause").map(|p| p.ms),
             create_ms: before.timings.iter().map(|p| p.ms).sum(),
             stored_bytes: before.stored_bytes,
-            memory_bytes: before.memory_bytes,
+            raw_bytes: before.raw_bytes,
             first_instruction_ms: timings.first_instruction_ms,
             first_output_ms: timings.first_console_byte_ms,
             checks,

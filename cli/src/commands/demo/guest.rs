@@ -231,16 +231,16 @@ pub(super) fn end_with_us(work: &WorkDir) -> std::io::Result<()> {
     let work = WorkDir { path: work.path.clone(), keep: work.keep };
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in signals.forever() {
-            for pid in children().drain(..) {
-                if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                    // It may have ended by itself.
-                    let _ = kill_process(pid, Signal::KILL);
-                }
+        // None is left when the process ends in another way.
+        let Some(signal) = signals.forever().next() else { return };
+        for pid in children().drain(..) {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                // It may have ended by itself.
+                let _ = kill_process(pid, Signal::KILL);
             }
-            work.remove();
-            std::process::exit(128 + signal);
         }
+        work.remove();
+        std::process::exit(128 + signal);
     })?;
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(super) struct Report {
     pub(super) pause_ms: Option<f64>,
     pub(super) create_ms: f64,
     pub(super) stored_bytes: u64,
-    pub(super) memory_bytes: u64,
+    pub(super) raw_bytes: u64,
     pub(super) first_instruction_ms: Option<f64>,
     pub(super) first_output_ms: Option<f64>,
     pub(super) checks: Vec<Check>,
@@ -44,10 +44,10 @@ impl Report {
             Some(value) => println!("{what:<34} {value:>10.1} ms  {note}"),
             None => println!("{what:<34}       none"),
         };
-        let ratio = self.memory_bytes as f64 / self.stored_bytes.max(1) as f64;
+        let ratio = self.raw_bytes as f64 / self.stored_bytes.max(1) as f64;
         let sizes = format!(
-            "{} of memory in {} (1:{ratio:.1})",
-            bytes(self.memory_bytes),
+            "{} of memory and disks in {} (1:{ratio:.1})",
+            bytes(self.raw_bytes),
             bytes(self.stored_bytes)
         );
         line("boot, to the guest's first count", Some(self.boot_ms), "");
@@ -87,7 +87,7 @@ mod tests {
             pause_ms: None,
             create_ms: 0.0,
             stored_bytes: 0,
-            memory_bytes: 0,
+            raw_bytes: 0,
             first_instruction_ms: None,
             first_output_ms: None,
             checks,

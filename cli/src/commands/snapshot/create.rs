@@ -82,10 +82,10 @@ fn show(report: &SnapshotReport, timings: bool) {
     println!("snapshot  {}", report.path.display());
     println!("id        {}", report.id);
     println!(
-        "stored    {} for {} of memory (1:{:.1})",
+        "stored    {} for {} of memory and disks (1:{:.1})",
         bytes(report.stored_bytes),
-        bytes(report.memory_bytes),
-        report.memory_bytes as f64 / report.stored_bytes.max(1) as f64
+        bytes(report.raw_bytes),
+        report.raw_bytes as f64 / report.stored_bytes.max(1) as f64
     );
     println!("memory    {}", report.memory_digest);
     for disk in &report.disks {
