@@ -64,8 +64,8 @@ impl Operands {
                 if vector {
                     if load && t == t2 { insn ^ 1 << 10 } else { insn }
                 } else if load && t == t2 || indexed && t2 == n {
-                    let insn = other(t2, t, 10);
-                    if indexed && t == n { insn & !31 | (t + 7) % 31 } else { insn }
+                    // First the second register, then the first if it is the base as well.
+                    self.avoid_unpredictable(other(t2, t, 10))
                 } else if indexed && t == n {
                     other(t, t2, 0)
                 } else {

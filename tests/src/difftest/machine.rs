@@ -210,7 +210,7 @@ fn vectors(memory: &Memory, entry: u64) -> u64 {
     ] {
         for part in 0..4 {
             let movk = if part == 0 { 0xD280_0000 } else { 0xF280_0000 };
-            boot.push(movk | part << 21 | (value >> (16 * part) & 0xFFFF) as u32 * 32);
+            boot.push(movk | part << 21 | ((value >> (16 * part)) as u32 & 0xFFFF) << 5);
         }
         boot.push(msr(register, 0));
     }

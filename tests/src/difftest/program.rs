@@ -110,7 +110,7 @@ impl Program {
             segment(INPUT, 4, input),
             segment(OUTPUT, 6, output),
             segment(SCRATCH_BASE, 6, scratch),
-            segment(EDGE, 4, (0..0x1000).map(|i| (i * 37 >> 3) as u8).collect()),
+            segment(EDGE, 4, (0..0x1000).map(|i| ((i * 37) >> 3) as u8).collect()),
             Segment { address: STACK, flags: 6, bytes: Vec::new(), size: STACK_SIZE },
         ];
         Self { entry: text.start, handler: text.handler, segments }
