@@ -1,6 +1,8 @@
 //! A vector and one element: `0QU01111 size L M Rm opcode H 0 Rn Rd` and its scalar forms.
 
-use super::lanes::{Lane, Narrow, active, note, rd, rn, saturating, sizes, sqdmulh, sqdmull};
+use super::lanes::{
+    Lane, Narrow, accumulate, note, rn, saturating, saturating_unary, sizes, sqdmulh, sqdmull,
+};
 use super::three_different::{long_with, signed, unsigned};
 use crate::regs::Regs;
 use crate::simd::DataFn;
@@ -45,16 +47,14 @@ fn element<T: Lane>(regs: &Regs, insn: u32) -> T {
 
 #[inline(always)]
 fn same<T: Lane>(regs: &mut Regs, insn: u32, mut f: impl FnMut(T, T, T) -> T) {
-    let mask = active::<T>(insn);
     let element = element::<T>(regs, insn);
-    let (n, d) = (regs.v[rn(insn)] & mask, regs.v[rd(insn)] & mask);
-    regs.v[rd(insn)] = T::map2(n, d, |n, d| f(n, element, d)) & mask;
+    accumulate(regs, insn, |n, d| f(n, element, d));
 }
 
 #[inline(always)]
 fn long<T: Narrow>(regs: &mut Regs, insn: u32, mut f: impl FnMut(T, T, T::Wide) -> T::Wide) {
     let element = element::<T>(regs, insn);
-    long_with(regs, insn, 0, |n, _, d| f(n, element, d));
+    long_with(regs, insn, rn(insn), |n, _, d| f(n, element, d));
 }
 
 fn mul<T: Lane>(regs: &mut Regs, insn: u32) {
@@ -70,12 +70,14 @@ fn mls<T: Lane>(regs: &mut Regs, insn: u32) {
 }
 
 fn sqdmulh_element<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| same(regs, insn, |a: T, b, _| sqdmulh(a, b, false, qc)));
+    let element = element::<T>(regs, insn);
+    saturating_unary(regs, insn, |a, qc| sqdmulh(a, element, false, qc));
 }
 
 fn sqrdmulh_element<T: Lane>(regs: &mut Regs, insn: u32) {
     // The rounding constant alone does not reach the high half, so idle lanes stay zero.
-    saturating(regs, |regs, qc| same(regs, insn, |a: T, b, _| sqdmulh(a, b, true, qc)));
+    let element = element::<T>(regs, insn);
+    saturating_unary(regs, insn, |a, qc| sqdmulh(a, element, true, qc));
 }
 
 fn smull<T: Narrow>(regs: &mut Regs, insn: u32) {

@@ -1,7 +1,7 @@
 //! The cryptographic extension: AES, SHA-1 and SHA-256 (PMULL lies with the other widening
 //! multiplications).
 
-use super::lanes::{Lane, rd, rm, rn};
+use super::lanes::{Lane, rd, rm, rn, unary};
 use crate::regs::Regs;
 use crate::simd::DataFn;
 
@@ -83,12 +83,12 @@ fn aesd(regs: &mut Regs, insn: u32) {
 }
 
 fn aesmc(regs: &mut Regs, insn: u32) {
-    regs.v[rd(insn)] = u32::map1(regs.v[rn(insn)], mix_column);
+    unary(regs, insn, mix_column);
 }
 
 fn aesimc(regs: &mut Regs, insn: u32) {
     // InvMixColumns is MixColumns after adding 4 times the sum of each column's bytes two apart.
-    regs.v[rd(insn)] = u32::map1(regs.v[rn(insn)], |a| {
+    unary(regs, insn, |a: u32| {
         let sum = double(double(a ^ a.rotate_right(16)));
         mix_column(a ^ sum)
     });
@@ -122,13 +122,13 @@ fn majority(x: u32, y: u32, z: u32) -> u32 {
 /// Four rounds of SHA-1.
 #[inline(always)]
 fn sha1_rounds(regs: &mut Regs, insn: u32, f: impl Fn(u32, u32, u32) -> u32) {
-    let [mut a, mut b, mut c, mut d] = u32::split(regs.v[rd(insn)]);
+    let [mut a, mut b, mut c, mut d] = u32::split(&regs.v[rd(insn)]);
     let mut e = regs.v[rn(insn)] as u32;
-    for w in u32::split(regs.v[rm(insn)]) {
+    for w in u32::split(&regs.v[rm(insn)]) {
         let t = e.wrapping_add(a.rotate_left(5)).wrapping_add(f(b, c, d)).wrapping_add(w);
         (e, d, c, b, a) = (d, c, b.rotate_left(30), a, t);
     }
-    regs.v[rd(insn)] = u32::join([a, b, c, d]);
+    u32::store(&mut regs.v[rd(insn)], [a, b, c, d]);
 }
 
 fn sha1c(regs: &mut Regs, insn: u32) {
@@ -154,54 +154,52 @@ fn sha1su0(regs: &mut Regs, insn: u32) {
 }
 
 fn sha1su1(regs: &mut Regs, insn: u32) {
-    let t = u32::split(regs.v[rd(insn)] ^ regs.v[rn(insn)] >> 32);
+    let t = u32::split(&(regs.v[rd(insn)] ^ regs.v[rn(insn)] >> 32));
     let mut out = t.map(|t| t.rotate_left(1));
     out[3] ^= t[0].rotate_left(2);
-    regs.v[rd(insn)] = u32::join(out);
+    u32::store(&mut regs.v[rd(insn)], out);
 }
 
-/// Four rounds of SHA-256 on the state abcd and efgh.
+/// Four rounds of SHA-256 on the state abcd and efgh, with the words of Rm.
 #[inline(always)]
-fn sha256_rounds(abcd: u128, efgh: u128, w: u128) -> (u128, u128) {
-    let [mut a, mut b, mut c, mut d] = u32::split(abcd);
-    let [mut e, mut f, mut g, mut h] = u32::split(efgh);
-    for w in u32::split(w) {
+fn sha256_rounds(regs: &Regs, insn: u32, abcd: usize, efgh: usize) -> ([u32; 4], [u32; 4]) {
+    let [mut a, mut b, mut c, mut d] = u32::split(&regs.v[abcd]);
+    let [mut e, mut f, mut g, mut h] = u32::split(&regs.v[efgh]);
+    for w in u32::split(&regs.v[rm(insn)]) {
         let sigma1 = e.rotate_right(6) ^ e.rotate_right(11) ^ e.rotate_right(25);
         let sigma0 = a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22);
         let t = h.wrapping_add(sigma1).wrapping_add(choose(e, f, g)).wrapping_add(w);
         let t2 = t.wrapping_add(sigma0).wrapping_add(majority(a, b, c));
         (h, g, f, e, d, c, b, a) = (g, f, e, d.wrapping_add(t), c, b, a, t2);
     }
-    (u32::join([a, b, c, d]), u32::join([e, f, g, h]))
+    ([a, b, c, d], [e, f, g, h])
 }
 
 fn sha256h(regs: &mut Regs, insn: u32) {
-    let (abcd, _) = sha256_rounds(regs.v[rd(insn)], regs.v[rn(insn)], regs.v[rm(insn)]);
-    regs.v[rd(insn)] = abcd;
+    let (abcd, _) = sha256_rounds(regs, insn, rd(insn), rn(insn));
+    u32::store(&mut regs.v[rd(insn)], abcd);
 }
 
 fn sha256h2(regs: &mut Regs, insn: u32) {
-    let (_, efgh) = sha256_rounds(regs.v[rn(insn)], regs.v[rd(insn)], regs.v[rm(insn)]);
-    regs.v[rd(insn)] = efgh;
+    let (_, efgh) = sha256_rounds(regs, insn, rn(insn), rd(insn));
+    u32::store(&mut regs.v[rd(insn)], efgh);
 }
 
 fn sha256su0(regs: &mut Regs, insn: u32) {
-    let d = regs.v[rd(insn)];
-    let t = d >> 32 | regs.v[rn(insn)] << 96;
-    regs.v[rd(insn)] =
-        u32::map2(t, d, |t, d| d.wrapping_add(t.rotate_right(7) ^ t.rotate_right(18) ^ t >> 3));
+    let d = u32::split(&regs.v[rd(insn)]);
+    let t = [d[1], d[2], d[3], regs.v[rn(insn)] as u32];
+    let sigma = t.map(|t| t.rotate_right(7) ^ t.rotate_right(18) ^ t >> 3);
+    u32::store(&mut regs.v[rd(insn)], std::array::from_fn(|i| d[i].wrapping_add(sigma[i])));
 }
 
 fn sha256su1(regs: &mut Regs, insn: u32) {
-    let (n, m) = (regs.v[rn(insn)], regs.v[rm(insn)]);
-    let d = u32::split(regs.v[rd(insn)]);
-    let t0 = u32::split(n >> 32 | m << 96);
-    let m = u32::split(m);
+    let [d, n, m] = [rd(insn), rn(insn), rm(insn)].map(|r| u32::split(&regs.v[r]));
+    let t0 = [n[1], n[2], n[3], m[0]];
     let mut out = [0; 4];
     for i in 0..4 {
         let t1: u32 = if i < 2 { m[i + 2] } else { out[i - 2] };
         let sigma = t1.rotate_right(17) ^ t1.rotate_right(19) ^ t1 >> 10;
         out[i] = sigma.wrapping_add(d[i]).wrapping_add(t0[i]);
     }
-    regs.v[rd(insn)] = u32::join(out);
+    u32::store(&mut regs.v[rd(insn)], out);
 }

@@ -1,6 +1,14 @@
 //! Vectors as arrays of lanes, and the loops that most instructions share.
+//!
+//! Lanes are read and written where the registers lie in memory: put together from the halves of a
+//! `u128` they would pass through general registers one by one, and no loop would become vector code.
+
+use std::ptr;
 
 use crate::regs::Regs;
+
+// Lane 0 is the low end of a register.
+const _: () = assert!(cfg!(target_endian = "little"));
 
 /// FPSR.QC: an operation has saturated.
 pub(super) const FPSR_QC: u32 = 1 << 27;
@@ -21,8 +29,9 @@ pub(super) trait Lane: Copy + Ord + Default {
     const MIN_SIGNED: Self;
     const MAX_SIGNED: Self;
 
-    fn split(v: u128) -> Self::Lanes;
+    fn split(v: &u128) -> Self::Lanes;
     fn join(lanes: Self::Lanes) -> u128;
+    fn store(v: &mut u128, lanes: Self::Lanes);
     /// The low bits.
     fn from_u64(value: u64) -> Self;
     fn u64(self) -> u64;
@@ -43,39 +52,44 @@ pub(super) trait Lane: Copy + Ord + Default {
     fn sqsub(self, other: Self) -> (Self, bool);
 
     #[inline(always)]
-    fn map1(a: u128, mut f: impl FnMut(Self) -> Self) -> u128 {
+    fn map1(a: &u128, mut f: impl FnMut(Self) -> Self) -> Self::Lanes {
         let mut a = Self::split(a);
         for a in a.as_mut() {
             *a = f(*a);
         }
-        Self::join(a)
+        a
     }
 
     #[inline(always)]
-    fn map2(a: u128, b: u128, mut f: impl FnMut(Self, Self) -> Self) -> u128 {
+    fn map2(a: &u128, b: &u128, mut f: impl FnMut(Self, Self) -> Self) -> Self::Lanes {
         let mut a = Self::split(a);
         let b = Self::split(b);
         for (a, b) in a.as_mut().iter_mut().zip(b.as_ref()) {
             *a = f(*a, *b);
         }
-        Self::join(a)
+        a
     }
 
     #[inline(always)]
-    fn map3(a: u128, b: u128, c: u128, mut f: impl FnMut(Self, Self, Self) -> Self) -> u128 {
+    fn map3(
+        a: &u128,
+        b: &u128,
+        c: &u128,
+        mut f: impl FnMut(Self, Self, Self) -> Self,
+    ) -> Self::Lanes {
         let mut a = Self::split(a);
         let b = Self::split(b);
         let c = Self::split(c);
         for (a, (b, c)) in a.as_mut().iter_mut().zip(b.as_ref().iter().zip(c.as_ref())) {
             *a = f(*a, *b, *c);
         }
-        Self::join(a)
+        a
     }
 
     /// All lanes equal.
     #[inline(always)]
     fn splat(self) -> u128 {
-        Self::map1(0, |_| self)
+        Self::join(Self::map1(&0, |_| self))
     }
 
     /// Lane `index` of `v`, taken modulo the number of lanes.
@@ -94,15 +108,16 @@ pub(super) trait Lane: Copy + Ord + Default {
 pub(super) trait Narrow: Lane {
     type Wide: Lane;
 
-    /// The lanes of the lower halves of `a` and `b`, with those of `d`, to wide lanes.
+    /// The lanes of the lower or upper halves of `a` and `b`, with those of `d`, to wide lanes.
     fn widen(
-        a: u128,
-        b: u128,
-        d: u128,
+        a: &u128,
+        b: &u128,
+        d: &u128,
+        upper: bool,
         f: impl FnMut(Self, Self, Self::Wide) -> Self::Wide,
-    ) -> u128;
+    ) -> <Self::Wide as Lane>::Lanes;
     /// The wide lanes of `a` and `b` to narrow ones, in the lower half.
-    fn narrow(a: u128, b: u128, f: impl FnMut(Self::Wide, Self::Wide) -> Self) -> u128;
+    fn narrow(a: &u128, b: &u128, f: impl FnMut(Self::Wide, Self::Wide) -> Self) -> u64;
 }
 
 macro_rules! lane {
@@ -117,20 +132,22 @@ macro_rules! lane {
             const MAX_SIGNED: Self = $s::MAX as $u;
 
             #[inline(always)]
-            fn split(v: u128) -> Self::Lanes {
-                let bytes = v.to_le_bytes();
-                let (lanes, _) = bytes.as_chunks();
-                std::array::from_fn(|i| $u::from_le_bytes(lanes[i]))
+            fn split(v: &u128) -> Self::Lanes {
+                // SAFETY: 16 bytes, all values of which are lanes; u128 has the greater alignment.
+                unsafe { ptr::from_ref(v).cast::<Self::Lanes>().read() }
             }
 
             #[inline(always)]
             fn join(lanes: Self::Lanes) -> u128 {
-                let mut bytes = [0; 16];
-                let (chunks, _) = bytes.as_chunks_mut();
-                for (chunk, lane) in chunks.iter_mut().zip(lanes) {
-                    *chunk = lane.to_le_bytes();
-                }
-                u128::from_le_bytes(bytes)
+                let mut v = 0;
+                Self::store(&mut v, lanes);
+                v
+            }
+
+            #[inline(always)]
+            fn store(v: &mut u128, lanes: Self::Lanes) {
+                // SAFETY: as in `split`.
+                unsafe { ptr::from_mut(v).cast::<Self::Lanes>().write(lanes) };
             }
 
             #[inline(always)]
@@ -190,24 +207,30 @@ macro_rules! lane {
 
             #[inline(always)]
             fn uqadd(self, other: Self) -> (Self, bool) {
-                (self.saturating_add(other), self.checked_add(other).is_none())
+                {
+                    let sum = self.saturating_add(other);
+                    (sum, sum != self.wrapping_add(other))
+                }
             }
 
             #[inline(always)]
             fn sqadd(self, other: Self) -> (Self, bool) {
                 let (a, b) = (self as $s, other as $s);
-                (a.saturating_add(b) as $u, a.checked_add(b).is_none())
+                (a.saturating_add(b) as $u, a.saturating_add(b) != a.wrapping_add(b))
             }
 
             #[inline(always)]
             fn uqsub(self, other: Self) -> (Self, bool) {
-                (self.saturating_sub(other), self < other)
+                {
+                    let difference = self.saturating_sub(other);
+                    (difference, difference != self.wrapping_sub(other))
+                }
             }
 
             #[inline(always)]
             fn sqsub(self, other: Self) -> (Self, bool) {
                 let (a, b) = (self as $s, other as $s);
-                (a.saturating_sub(b) as $u, a.checked_sub(b).is_none())
+                (a.saturating_sub(b) as $u, a.saturating_sub(b) != a.wrapping_sub(b))
             }
         }
     };
@@ -225,27 +248,35 @@ macro_rules! narrow {
 
             #[inline(always)]
             fn widen(
-                a: u128,
-                b: u128,
-                d: u128,
+                a: &u128,
+                b: &u128,
+                d: &u128,
+                upper: bool,
                 mut f: impl FnMut(Self, Self, $wide) -> $wide,
-            ) -> u128 {
+            ) -> <$wide as Lane>::Lanes {
                 let (a, b) = ($narrow::split(a), $narrow::split(b));
                 let mut d = $wide::split(d);
-                for (i, d) in d.iter_mut().enumerate() {
-                    *d = f(a[i], b[i], *d);
+                // The position is known in each branch, so that both loops become vector code.
+                if upper {
+                    for (i, d) in d.iter_mut().enumerate() {
+                        *d = f(a[i + $wide::COUNT], b[i + $wide::COUNT], *d);
+                    }
+                } else {
+                    for (i, d) in d.iter_mut().enumerate() {
+                        *d = f(a[i], b[i], *d);
+                    }
                 }
-                $wide::join(d)
+                d
             }
 
             #[inline(always)]
-            fn narrow(a: u128, b: u128, mut f: impl FnMut($wide, $wide) -> Self) -> u128 {
+            fn narrow(a: &u128, b: &u128, mut f: impl FnMut($wide, $wide) -> Self) -> u64 {
                 let (a, b) = ($wide::split(a), $wide::split(b));
-                let mut d = $narrow::split(0);
+                let mut d = $narrow::split(&0);
                 for (i, d) in d[..$wide::COUNT].iter_mut().enumerate() {
                     *d = f(a[i], b[i]);
                 }
-                $narrow::join(d)
+                $narrow::join(d) as u64
             }
         }
     };
@@ -293,9 +324,6 @@ pub(super) fn rm(insn: u32) -> usize {
 }
 
 /// The bits of the register that take part: one lane, 64 bits or 128 bits.
-///
-/// Operands are masked before an operation too, so that a lane that does not take part cannot set
-/// FPSR.QC: no instruction saturates on zeros.
 #[inline(always)]
 pub(super) fn active<T: Lane>(insn: u32) -> u128 {
     if insn & SCALAR != 0 { u128::MAX >> (128 - T::BITS) } else { width(insn) }
@@ -307,47 +335,118 @@ pub(super) fn width(insn: u32) -> u128 {
     if insn & Q != 0 { u128::MAX } else { u64::MAX.into() }
 }
 
-/// The half of `v` that a widening instruction reads: the upper one in its "2" form.
+/// The scalar form.
 #[inline(always)]
-pub(super) fn part<T: Lane>(insn: u32, v: u128) -> u128 {
-    if insn & SCALAR != 0 {
-        v & active::<T>(insn)
-    } else if insn & Q != 0 {
-        v >> 64
-    } else {
-        v
-    }
+pub(super) fn is_scalar(insn: u32) -> bool {
+    insn & SCALAR != 0
+}
+
+/// The "2" form: a widening instruction reads upper halves, a narrowing one writes the upper half.
+#[inline(always)]
+pub(super) fn is_upper(insn: u32) -> bool {
+    insn & (SCALAR | Q) == Q
 }
 
 /// Writes the result of a narrowing instruction: the "2" form keeps the lower half.
 #[inline(always)]
-pub(super) fn set_part(regs: &mut Regs, insn: u32, narrow: u128) {
+pub(super) fn set_part(regs: &mut Regs, insn: u32, narrow: u64) {
     let d = &mut regs.v[rd(insn)];
-    *d = if insn & (SCALAR | Q) == Q {
-        *d & u128::from(u64::MAX) | narrow << 64
+    *d = if is_upper(insn) {
+        *d & u128::from(u64::MAX) | u128::from(narrow) << 64
     } else {
-        narrow & u128::from(u64::MAX)
+        narrow.into()
     };
 }
 
+/// Writes the lanes that take part, and zeros above them.
+#[inline(always)]
+pub(super) fn put<T: Lane>(regs: &mut Regs, insn: u32, lanes: T::Lanes) {
+    let d = &mut regs.v[rd(insn)];
+    T::store(d, lanes);
+    if insn & (SCALAR | Q) != Q {
+        *d &= active::<T>(insn);
+    }
+}
+
+/// Rd = f(Rn).
 #[inline(always)]
 pub(super) fn unary<T: Lane>(regs: &mut Regs, insn: u32, f: impl FnMut(T) -> T) {
-    let mask = active::<T>(insn);
-    regs.v[rd(insn)] = T::map1(regs.v[rn(insn)] & mask, f) & mask;
+    let lanes = T::map1(&regs.v[rn(insn)], f);
+    put::<T>(regs, insn, lanes);
 }
 
+/// Rd = f(Rn, Rm).
 #[inline(always)]
 pub(super) fn binary<T: Lane>(regs: &mut Regs, insn: u32, f: impl FnMut(T, T) -> T) {
-    let mask = active::<T>(insn);
-    regs.v[rd(insn)] = T::map2(regs.v[rn(insn)] & mask, regs.v[rm(insn)] & mask, f) & mask;
+    let lanes = T::map2(&regs.v[rn(insn)], &regs.v[rm(insn)], f);
+    put::<T>(regs, insn, lanes);
 }
 
-/// With the destination as the third operand.
+/// Rd = f(Rn, Rd).
+#[inline(always)]
+pub(super) fn accumulate<T: Lane>(regs: &mut Regs, insn: u32, f: impl FnMut(T, T) -> T) {
+    let lanes = T::map2(&regs.v[rn(insn)], &regs.v[rd(insn)], f);
+    put::<T>(regs, insn, lanes);
+}
+
+/// Rd = f(Rn, Rm, Rd).
 #[inline(always)]
 pub(super) fn ternary<T: Lane>(regs: &mut Regs, insn: u32, f: impl FnMut(T, T, T) -> T) {
-    let mask = active::<T>(insn);
-    let d = regs.v[rd(insn)] & mask;
-    regs.v[rd(insn)] = T::map3(regs.v[rn(insn)] & mask, regs.v[rm(insn)] & mask, d, f) & mask;
+    let lanes = T::map3(&regs.v[rn(insn)], &regs.v[rm(insn)], &regs.v[rd(insn)], f);
+    put::<T>(regs, insn, lanes);
+}
+
+/// Carries out `f(regs, second, flag)` for Rd = f(Rn, second): a lane that does not take part is zero
+/// in both operands, so that it cannot set the flag. No instruction saturates on zeros.
+#[inline(always)]
+fn saturating_with<T: Lane>(
+    regs: &mut Regs,
+    insn: u32,
+    second: usize,
+    mut f: impl FnMut(T, T, &mut bool) -> T,
+) {
+    let mut saturated = false;
+    let lanes = if insn & (SCALAR | Q) == Q {
+        T::map2(&regs.v[rn(insn)], &regs.v[second], |a, b| f(a, b, &mut saturated))
+    } else {
+        let mask = active::<T>(insn);
+        let (a, b) = (regs.v[rn(insn)] & mask, regs.v[second] & mask);
+        T::map2(&a, &b, |a, b| f(a, b, &mut saturated))
+    };
+    put::<T>(regs, insn, lanes);
+    if saturated {
+        regs.fpsr |= FPSR_QC;
+    }
+}
+
+/// [`unary`] with a flag that saturation sets.
+#[inline(always)]
+pub(super) fn saturating_unary<T: Lane>(
+    regs: &mut Regs,
+    insn: u32,
+    mut f: impl FnMut(T, &mut bool) -> T,
+) {
+    saturating_with(regs, insn, rn(insn), |a, _, qc| f(a, qc));
+}
+
+/// [`binary`] with a flag that saturation sets.
+#[inline(always)]
+pub(super) fn saturating_binary<T: Lane>(
+    regs: &mut Regs,
+    insn: u32,
+    f: impl FnMut(T, T, &mut bool) -> T,
+) {
+    saturating_with(regs, insn, rm(insn), f);
+}
+
+/// [`accumulate`] with a flag that saturation sets.
+#[inline(always)]
+pub(super) fn saturating_accumulate<T: Lane>(
+    regs: &mut Regs,
+    insn: u32,
+    f: impl FnMut(T, T, &mut bool) -> T,
+) {
+    saturating_with(regs, insn, rd(insn), f);
 }
 
 /// Carries `f` out with a flag that it sets when it saturates.
@@ -376,7 +475,7 @@ pub(super) fn saturate_unsigned<T: Lane>(value: i128, saturated: &mut bool) -> T
     T::from_u64(value.clamp(0, max) as u64)
 }
 
-/// `pair` stores a flag and hands the value on.
+/// Adds the flag to `saturated` and hands the value on.
 #[inline(always)]
 pub(super) fn note<T>((value, flag): (T, bool), saturated: &mut bool) -> T {
     *saturated |= flag;

@@ -1,6 +1,6 @@
 //! Moving lanes about: copies, EXT, TBL, TBX, ZIP, UZP, TRN.
 
-use super::lanes::{Lane, Q, rd, rm, rn, sizes, width};
+use super::lanes::{Lane, Q, put, rd, rm, rn, sizes, width};
 use crate::regs::Regs;
 use crate::simd::DataFn;
 
@@ -129,43 +129,49 @@ fn table(regs: &mut Regs, insn: u32) {
     let table = &table[..len * 16];
     let tbx = insn >> 12 & 1 != 0;
     let d = if tbx { regs.v[rd(insn)] } else { 0 };
-    regs.v[rd(insn)] =
-        u8::map2(regs.v[rm(insn)], d, |i, d| table.get(usize::from(i)).copied().unwrap_or(d))
-            & width(insn);
+    let lanes =
+        u8::map2(&regs.v[rm(insn)], &d, |i, d| table.get(usize::from(i)).copied().unwrap_or(d));
+    put::<u8>(regs, insn, lanes);
 }
 
 /// The lanes of `n` and `m` by position: `f(i)` is a lane of the concatenation.
 #[inline(always)]
-fn shuffle<T: Lane>(n: u128, m: u128, f: impl Fn(usize) -> usize) -> u128 {
+fn shuffle<T: Lane>(n: &u128, m: &u128, f: impl Fn(usize) -> usize) -> T::Lanes {
     let (n, m) = (T::split(n), T::split(m));
-    let mut out = T::split(0);
+    let mut out = T::split(&0);
     for (i, out) in out.as_mut().iter_mut().enumerate() {
         let from = f(i);
         *out = if from < T::COUNT { n.as_ref()[from] } else { m.as_ref()[from - T::COUNT] };
     }
-    T::join(out)
+    out
+}
+
+/// Alternately a lane of the first operand and one of the second.
+#[inline(always)]
+fn second<T: Lane>(i: usize) -> usize {
+    if i % 2 == 0 { 0 } else { T::COUNT }
 }
 
 fn zip1<T: Lane>(regs: &mut Regs, insn: u32) {
-    regs.v[rd(insn)] = zip_low::<T>(regs, insn) & width(insn);
+    let lanes = zip_low::<T>(regs, insn);
+    put::<T>(regs, insn, lanes);
 }
 
 fn zip2<T: Lane>(regs: &mut Regs, insn: u32) {
-    regs.v[rd(insn)] = if insn & Q != 0 {
-        shuffle::<T>(regs.v[rn(insn)], regs.v[rm(insn)], |i| {
-            T::COUNT / 2 + i / 2 + if i % 2 == 0 { 0 } else { T::COUNT }
-        })
+    if insn & Q != 0 {
+        let lanes = shuffle::<T>(&regs.v[rn(insn)], &regs.v[rm(insn)], |i| {
+            T::COUNT / 2 + i / 2 + second::<T>(i)
+        });
+        put::<T>(regs, insn, lanes);
     } else {
         // What ZIP1 of 64 bits leaves off.
-        zip_low::<T>(regs, insn) >> 64
-    };
+        regs.v[rd(insn)] = T::join(zip_low::<T>(regs, insn)) >> 64;
+    }
 }
 
 #[inline(always)]
-fn zip_low<T: Lane>(regs: &Regs, insn: u32) -> u128 {
-    shuffle::<T>(regs.v[rn(insn)], regs.v[rm(insn)], |i| {
-        i / 2 + if i % 2 == 0 { 0 } else { T::COUNT }
-    })
+fn zip_low<T: Lane>(regs: &Regs, insn: u32) -> T::Lanes {
+    shuffle::<T>(&regs.v[rn(insn)], &regs.v[rm(insn)], |i| i / 2 + second::<T>(i))
 }
 
 fn uzp1<T: Lane>(regs: &mut Regs, insn: u32) {
@@ -178,11 +184,12 @@ fn uzp2<T: Lane>(regs: &mut Regs, insn: u32) {
 
 #[inline(always)]
 fn uzp<T: Lane>(regs: &mut Regs, insn: u32, odd: usize) {
-    regs.v[rd(insn)] = if insn & Q != 0 {
-        shuffle::<T>(regs.v[rn(insn)], regs.v[rm(insn)], |i| 2 * i + odd)
+    let lanes = if insn & Q != 0 {
+        shuffle::<T>(&regs.v[rn(insn)], &regs.v[rm(insn)], |i| 2 * i + odd)
     } else {
-        shuffle::<T>(halves(regs, insn), 0, |i| 2 * i + odd) & u128::from(u64::MAX)
+        shuffle::<T>(&halves(regs, insn), &0, |i| 2 * i + odd)
     };
+    put::<T>(regs, insn, lanes);
 }
 
 fn trn1<T: Lane>(regs: &mut Regs, insn: u32) {
@@ -195,7 +202,7 @@ fn trn2<T: Lane>(regs: &mut Regs, insn: u32) {
 
 #[inline(always)]
 fn trn<T: Lane>(regs: &mut Regs, insn: u32, odd: usize) {
-    regs.v[rd(insn)] = shuffle::<T>(regs.v[rn(insn)], regs.v[rm(insn)], |i| {
-        (i & !1) + odd + if i % 2 == 0 { 0 } else { T::COUNT }
-    }) & width(insn);
+    let lanes =
+        shuffle::<T>(&regs.v[rn(insn)], &regs.v[rm(insn)], |i| (i & !1) + odd + second::<T>(i));
+    put::<T>(regs, insn, lanes);
 }

@@ -2,10 +2,10 @@
 //! conversions from and to fixed point in this class belong to the floating-point side.
 
 use super::lanes::{
-    Lane, Narrow, active, part, rd, rn, saturate_signed, saturate_unsigned, saturating, set_part,
-    sizes, unary,
+    Lane, Narrow, accumulate, active, is_scalar, rn, saturate_signed, saturate_unsigned,
+    saturating, saturating_unary, set_part, sizes, unary,
 };
-use super::three_different::{signed, unsigned};
+use super::three_different::{long_with, signed, unsigned};
 use crate::regs::Regs;
 use crate::simd::DataFn;
 
@@ -87,13 +87,6 @@ fn rounding<T: Lane>(a: T, n: u32) -> T {
     T::from_u64(a.ushr(n - 1).u64() & 1)
 }
 
-/// With the destination as second operand.
-#[inline(always)]
-fn accumulate<T: Lane>(regs: &mut Regs, insn: u32, f: impl FnMut(T, T) -> T) {
-    let mask = active::<T>(insn);
-    regs.v[rd(insn)] = T::map2(regs.v[rn(insn)] & mask, regs.v[rd(insn)] & mask, f) & mask;
-}
-
 fn sshr<T: Lane>(regs: &mut Regs, insn: u32) {
     let n = right::<T>(insn);
     unary(regs, insn, |a: T| sshr_lane(a, n));
@@ -153,35 +146,27 @@ fn sli<T: Lane>(regs: &mut Regs, insn: u32) {
 
 fn sqshl<T: Lane>(regs: &mut Regs, insn: u32) {
     let n = left::<T>(insn);
-    saturating(regs, |regs, qc| {
-        unary(regs, insn, |a: T| saturate_signed(i128::from(a.i64()) << n, qc));
-    });
+    saturating_unary(regs, insn, |a: T, qc| saturate_signed(i128::from(a.i64()) << n, qc));
 }
 
 fn uqshl<T: Lane>(regs: &mut Regs, insn: u32) {
     let n = left::<T>(insn);
-    saturating(regs, |regs, qc| {
-        unary(regs, insn, |a: T| saturate_unsigned(i128::from(a.u64()) << n, qc));
-    });
+    saturating_unary(regs, insn, |a: T, qc| saturate_unsigned(i128::from(a.u64()) << n, qc));
 }
 
 fn sqshlu<T: Lane>(regs: &mut Regs, insn: u32) {
     let n = left::<T>(insn);
-    saturating(regs, |regs, qc| {
-        unary(regs, insn, |a: T| saturate_unsigned(i128::from(a.i64()) << n, qc));
-    });
+    saturating_unary(regs, insn, |a: T, qc| saturate_unsigned(i128::from(a.i64()) << n, qc));
 }
 
 fn sshll<T: Narrow>(regs: &mut Regs, insn: u32) {
     let n = left::<T>(insn);
-    let a = part::<T>(insn, regs.v[rn(insn)]);
-    regs.v[rd(insn)] = T::widen(a, 0, 0, |a, _, _| signed(a).shl(n));
+    long_with(regs, insn, rn(insn), |a: T, _, _| signed(a).shl(n));
 }
 
 fn ushll<T: Narrow>(regs: &mut Regs, insn: u32) {
     let n = left::<T>(insn);
-    let a = part::<T>(insn, regs.v[rn(insn)]);
-    regs.v[rd(insn)] = T::widen(a, 0, 0, |a, _, _| unsigned(a).shl(n));
+    long_with(regs, insn, rn(insn), |a: T, _, _| unsigned(a).shl(n));
 }
 
 fn shrn<T: Narrow>(regs: &mut Regs, insn: u32) {
@@ -244,8 +229,11 @@ fn rounded(value: i128, n: u32) -> i128 {
 /// The wide lanes of Rn; only the lowest in the scalar forms.
 #[inline(always)]
 pub(super) fn narrow<T: Narrow>(regs: &mut Regs, insn: u32, mut f: impl FnMut(T::Wide) -> T) {
-    // The "2" forms read 128 bits and so do the others.
-    let a = regs.v[rn(insn)] & active::<T::Wide>(insn | super::lanes::Q);
-    let narrow = T::narrow(a, 0, |a, _| f(a));
+    let a = &regs.v[rn(insn)];
+    let narrow = if is_scalar(insn) {
+        T::narrow(&(a & active::<T::Wide>(insn)), &0, |a, _| f(a))
+    } else {
+        T::narrow(a, &0, |a, _| f(a))
+    };
     set_part(regs, insn, narrow);
 }

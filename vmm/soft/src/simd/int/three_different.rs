@@ -2,8 +2,8 @@
 //! `0QU01110 size 1 Rm opcode 00 Rn Rd` and its scalar forms.
 
 use super::lanes::{
-    Lane, Narrow, Q, active, note, part, rd, rm, rn, sabd, saturating, set_part, sizes, sqdmull,
-    uabd,
+    Lane, Narrow, Q, active, is_scalar, is_upper, note, put, rd, rm, rn, sabd, saturating,
+    set_part, sizes, sqdmull, uabd,
 };
 use crate::regs::Regs;
 use crate::simd::DataFn;
@@ -64,23 +64,27 @@ pub(super) fn unsigned<T: Narrow>(a: T) -> T::Wide {
 
 #[inline(always)]
 fn long<T: Narrow>(regs: &mut Regs, insn: u32, f: impl FnMut(T, T, T::Wide) -> T::Wide) {
-    let m = part::<T>(insn, regs.v[rm(insn)]);
-    long_with(regs, insn, m, f);
+    long_with(regs, insn, rm(insn), f);
 }
 
-/// The lanes of Rn's part and of `m`, with the wide lanes of Rd.
+/// The lanes of a half of Rn and of register `m`, with the wide lanes of Rd.
 #[inline(always)]
 pub(super) fn long_with<T: Narrow>(
     regs: &mut Regs,
     insn: u32,
-    m: u128,
+    m: usize,
     f: impl FnMut(T, T, T::Wide) -> T::Wide,
 ) {
-    let n = part::<T>(insn, regs.v[rn(insn)]);
+    let (n, m, d) = (&regs.v[rn(insn)], &regs.v[m], &regs.v[rd(insn)]);
+    let lanes = if is_scalar(insn) {
+        // Zeros elsewhere, which do not saturate.
+        let (narrow, wide) = (active::<T>(insn), active::<T::Wide>(insn));
+        T::widen(&(n & narrow), &(m & narrow), &(d & wide), false, f)
+    } else {
+        T::widen(n, m, d, is_upper(insn), f)
+    };
     // The vector forms always write 128 bits.
-    let mask = active::<T::Wide>(insn | Q);
-    let d = regs.v[rd(insn)] & mask;
-    regs.v[rd(insn)] = T::widen(n, m, d, f) & mask;
+    put::<T::Wide>(regs, insn | Q, lanes);
 }
 
 fn saddl<T: Narrow>(regs: &mut Regs, insn: u32) {
@@ -157,9 +161,9 @@ fn sqdmlsl<T: Narrow>(regs: &mut Regs, insn: u32) {
 
 #[inline(always)]
 fn wide<T: Narrow>(regs: &mut Regs, insn: u32, mut f: impl FnMut(T::Wide, T) -> T::Wide) {
-    let n = regs.v[rn(insn)];
-    let m = part::<T>(insn, regs.v[rm(insn)]);
-    regs.v[rd(insn)] = T::widen(m, 0, n, |m, _, n| f(n, m));
+    let (n, m) = (&regs.v[rn(insn)], &regs.v[rm(insn)]);
+    let lanes = T::widen(m, m, n, is_upper(insn), |m, _, n| f(n, m));
+    put::<T::Wide>(regs, insn | Q, lanes);
 }
 
 fn saddw<T: Narrow>(regs: &mut Regs, insn: u32) {
@@ -184,7 +188,7 @@ fn high_narrow<T: Narrow>(
     insn: u32,
     mut f: impl FnMut(T::Wide, T::Wide) -> T::Wide,
 ) {
-    let narrow = T::narrow(regs.v[rn(insn)], regs.v[rm(insn)], |a, b| {
+    let narrow = T::narrow(&regs.v[rn(insn)], &regs.v[rm(insn)], |a, b| {
         T::from_u64(f(a, b).ushr(T::BITS).u64())
     });
     set_part(regs, insn, narrow);
@@ -219,8 +223,8 @@ fn pmull_8(regs: &mut Regs, insn: u32) {
 }
 
 fn pmull_64(regs: &mut Regs, insn: u32) {
-    let a = part::<u64>(insn, regs.v[rn(insn)]) as u64;
-    let b = part::<u64>(insn, regs.v[rm(insn)]) as u64;
+    let half = |v: u128| if is_upper(insn) { (v >> 64) as u64 } else { v as u64 };
+    let (a, b) = (half(regs.v[rn(insn)]), half(regs.v[rm(insn)]));
     // Four bits of b at a time.
     let mut multiples = [0u128; 16];
     for i in 1..16 {

@@ -1,8 +1,8 @@
 //! Three registers of the same type: `0QU01110 size 1 Rm opcode 1 Rn Rd` and its scalar forms.
 
 use super::lanes::{
-    Lane, active, binary, note, rd, rm, rn, sabd, saturate_signed, saturate_unsigned, saturating,
-    sizes, sqdmulh, ternary, uabd, width,
+    Lane, Q, binary, note, put, rd, rm, rn, sabd, saturate_signed, saturate_unsigned,
+    saturating_binary, sizes, sqdmulh, ternary, uabd, width,
 };
 use crate::regs::Regs;
 use crate::simd::DataFn;
@@ -230,27 +230,27 @@ fn uhsub<T: Lane>(regs: &mut Regs, insn: u32) {
 }
 
 fn sqadd<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a: T, b| note(a.sqadd(b), qc)));
+    saturating_binary(regs, insn, |a: T, b, qc| note(a.sqadd(b), qc));
 }
 
 fn uqadd<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a: T, b| note(a.uqadd(b), qc)));
+    saturating_binary(regs, insn, |a: T, b, qc| note(a.uqadd(b), qc));
 }
 
 fn sqsub<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a: T, b| note(a.sqsub(b), qc)));
+    saturating_binary(regs, insn, |a: T, b, qc| note(a.sqsub(b), qc));
 }
 
 fn uqsub<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a: T, b| note(a.uqsub(b), qc)));
+    saturating_binary(regs, insn, |a: T, b, qc| note(a.uqsub(b), qc));
 }
 
 fn sqdmulh_vector<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a: T, b| sqdmulh(a, b, false, qc)));
+    saturating_binary(regs, insn, |a: T, b, qc| sqdmulh(a, b, false, qc));
 }
 
 fn sqrdmulh_vector<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a: T, b| sqdmulh(a, b, true, qc)));
+    saturating_binary(regs, insn, |a: T, b, qc| sqdmulh(a, b, true, qc));
 }
 
 fn sshl<T: Lane>(regs: &mut Regs, insn: u32) {
@@ -278,30 +278,27 @@ fn urshl<T: Lane>(regs: &mut Regs, insn: u32) {
 }
 
 fn sqshl<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating_shift(regs, insn, |a: T, b, qc| {
+    saturating_binary(regs, insn, |a: T, b, qc| {
         saturate_signed(shift(a.i64().into(), b, false), qc)
     });
 }
 
 fn uqshl<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating_shift(regs, insn, |a: T, b, qc| {
+    saturating_binary(regs, insn, |a: T, b, qc| {
         saturate_unsigned(shift(a.u64().into(), b, false), qc)
     });
 }
 
 fn sqrshl<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating_shift(regs, insn, |a: T, b, qc| saturate_signed(shift(a.i64().into(), b, true), qc));
-}
-
-fn uqrshl<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating_shift(regs, insn, |a: T, b, qc| {
-        saturate_unsigned(shift(a.u64().into(), b, true), qc)
+    saturating_binary(regs, insn, |a: T, b, qc| {
+        saturate_signed(shift(a.i64().into(), b, true), qc)
     });
 }
 
-#[inline(always)]
-fn saturating_shift<T: Lane>(regs: &mut Regs, insn: u32, mut f: impl FnMut(T, T, &mut bool) -> T) {
-    saturating(regs, |regs, qc| binary(regs, insn, |a, b| f(a, b, qc)));
+fn uqrshl<T: Lane>(regs: &mut Regs, insn: u32) {
+    saturating_binary(regs, insn, |a: T, b, qc| {
+        saturate_unsigned(shift(a.u64().into(), b, true), qc)
+    });
 }
 
 fn addp<T: Lane>(regs: &mut Regs, insn: u32) {
@@ -327,22 +324,27 @@ fn uminp<T: Lane>(regs: &mut Regs, insn: u32) {
 /// Neighbouring lanes of the concatenation of both operands.
 #[inline(always)]
 fn pairwise<T: Lane>(regs: &mut Regs, insn: u32, f: impl Fn(T, T) -> T) {
-    let (mut n, mut m) = (regs.v[rn(insn)], regs.v[rm(insn)]);
-    let mask = active::<T>(insn);
-    if mask == u64::MAX.into() {
+    let lanes = if insn & Q != 0 {
+        pairs(&regs.v[rn(insn)], &regs.v[rm(insn)], f)
+    } else {
         // Both operands lie in one register; the upper half of the result falls off.
-        n = n & mask | m << 64;
-        m = 0;
-    }
+        let both = regs.v[rn(insn)] & u128::from(u64::MAX) | regs.v[rm(insn)] << 64;
+        pairs(&both, &0, f)
+    };
+    put::<T>(regs, insn, lanes);
+}
+
+#[inline(always)]
+fn pairs<T: Lane>(n: &u128, m: &u128, f: impl Fn(T, T) -> T) -> T::Lanes {
     let (n, m) = (T::split(n), T::split(m));
-    let mut out = T::split(0);
+    let mut out = T::split(&0);
     let half = T::COUNT / 2;
     for (i, out) in out.as_mut().iter_mut().enumerate() {
         let from = if i < half { n.as_ref() } else { m.as_ref() };
         let at = 2 * (i % half);
         *out = f(from[at], from[at + 1]);
     }
-    regs.v[rd(insn)] = T::join(out) & mask;
+    out
 }
 
 pub(super) fn signed_max<T: Lane>(a: T, b: T) -> T {

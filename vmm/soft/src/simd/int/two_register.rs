@@ -2,11 +2,11 @@
 //! forms.
 
 use super::lanes::{
-    Lane, Narrow, Q, active, rd, rn, saturate_signed, saturate_unsigned, saturating, sizes, unary,
-    width,
+    Lane, Narrow, Q, accumulate, rd, rn, saturate_signed, saturate_unsigned, saturating,
+    saturating_accumulate, saturating_unary, sizes, unary, width,
 };
 use super::shift_immediate::narrow;
-use super::three_different::unsigned;
+use super::three_different::{long_with, unsigned};
 use super::three_same::{signed_max, signed_min};
 use crate::regs::Regs;
 use crate::simd::DataFn;
@@ -166,37 +166,22 @@ fn neg<T: Lane>(regs: &mut Regs, insn: u32) {
 }
 
 fn sqabs<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| {
-        unary(regs, insn, |a: T| saturate_signed(i128::from(a.i64()).abs(), qc));
-    });
+    saturating_unary(regs, insn, |a: T, qc| saturate_signed(i128::from(a.i64()).abs(), qc));
 }
 
 fn sqneg<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| {
-        unary(regs, insn, |a: T| saturate_signed(-i128::from(a.i64()), qc));
-    });
-}
-
-/// The destination is the second operand.
-#[inline(always)]
-fn accumulate<T: Lane>(regs: &mut Regs, insn: u32, f: impl FnMut(T, T) -> T) {
-    let mask = active::<T>(insn);
-    regs.v[rd(insn)] = T::map2(regs.v[rn(insn)] & mask, regs.v[rd(insn)] & mask, f) & mask;
+    saturating_unary(regs, insn, |a: T, qc| saturate_signed(-i128::from(a.i64()), qc));
 }
 
 fn suqadd<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| {
-        accumulate(regs, insn, |a: T, d| {
-            saturate_signed(i128::from(d.i64()) + i128::from(a.u64()), qc)
-        });
+    saturating_accumulate(regs, insn, |a: T, d, qc| {
+        saturate_signed(i128::from(d.i64()) + i128::from(a.u64()), qc)
     });
 }
 
 fn usqadd<T: Lane>(regs: &mut Regs, insn: u32) {
-    saturating(regs, |regs, qc| {
-        accumulate(regs, insn, |a: T, d| {
-            saturate_unsigned(i128::from(d.u64()) + i128::from(a.i64()), qc)
-        });
+    saturating_accumulate(regs, insn, |a: T, d, qc| {
+        saturate_unsigned(i128::from(d.u64()) + i128::from(a.i64()), qc)
     });
 }
 
@@ -223,17 +208,15 @@ fn sqxtun<T: Narrow>(regs: &mut Regs, insn: u32) {
 }
 
 fn shll<T: Narrow>(regs: &mut Regs, insn: u32) {
-    let a = if insn & Q != 0 { regs.v[rn(insn)] >> 64 } else { regs.v[rn(insn)] };
-    regs.v[rd(insn)] = T::widen(a, 0, 0, |a, _, _| unsigned(a).shl(T::BITS));
+    long_with(regs, insn, rn(insn), |a: T, _, _| unsigned(a).shl(T::BITS));
 }
 
 /// Both narrow lanes of every wide lane of Rn, with the wide lane of Rd.
 #[inline(always)]
 fn pairs<T: Narrow>(regs: &mut Regs, insn: u32, mut f: impl FnMut(T, T, T::Wide) -> T::Wide) {
-    let n = regs.v[rn(insn)];
-    regs.v[rd(insn)] = T::Wide::map2(n, regs.v[rd(insn)], |n, d| {
+    accumulate(regs, insn, |n: T::Wide, d| {
         f(T::from_u64(n.u64()), T::from_u64(n.ushr(T::BITS).u64()), d)
-    }) & width(insn);
+    });
 }
 
 fn signed_sum<T: Narrow>(a: T, b: T) -> T::Wide {
@@ -261,17 +244,22 @@ fn uadalp<T: Narrow>(regs: &mut Regs, insn: u32) {
 }
 
 fn addp_scalar(regs: &mut Regs, insn: u32) {
-    let [a, b] = u64::split(regs.v[rn(insn)]);
+    let [a, b] = u64::split(&regs.v[rn(insn)]);
     regs.v[rd(insn)] = a.wrapping_add(b).into();
 }
 
 /// All lanes of Rn in one.
 #[inline(always)]
 fn across<T: Lane, A>(regs: &Regs, insn: u32, first: impl Fn(T) -> A, f: impl Fn(A, T) -> A) -> A {
-    let lanes = T::split(regs.v[rn(insn)]);
-    let count = if insn & Q != 0 { T::COUNT } else { T::COUNT / 2 };
-    let lanes = &lanes.as_ref()[..count];
-    lanes[1..].iter().fold(first(lanes[0]), |sum, lane| f(sum, *lane))
+    let lanes = T::split(&regs.v[rn(insn)]);
+    // The count is known in each branch, so that both loops unroll.
+    if insn & Q != 0 {
+        let lanes = &lanes.as_ref()[..T::COUNT];
+        lanes[1..].iter().fold(first(lanes[0]), |sum, lane| f(sum, *lane))
+    } else {
+        let lanes = &lanes.as_ref()[..T::COUNT / 2];
+        lanes[1..].iter().fold(first(lanes[0]), |sum, lane| f(sum, *lane))
+    }
 }
 
 fn addv<T: Lane>(regs: &mut Regs, insn: u32) {
