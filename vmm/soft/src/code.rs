@@ -30,21 +30,28 @@ pub(crate) struct CodeCache {
     pages: Vec<Option<Box<PageCode>>>,
     /// Blocks that are out of use but may still be executing; freed by [`sweep`](Self::sweep).
     retired: Vec<Box<[Op]>>,
+    /// Ops in use.
     ops: usize,
+    /// Records in `pages`.
+    records: usize,
 }
 
 /// When more ops than this are held, all are dropped and decoding starts anew: 96 MiB.
 const MAX_OPS: usize = 4 << 20;
+/// The same for records: 128 MiB. A guest that executes a little on every page of its RAM must not
+/// take many times that RAM.
+const MAX_RECORDS: usize = 16 << 10;
 
 impl CodeCache {
     pub(crate) fn new(ram: &Ram) -> Self {
         let pages = (0..ram.pages()).map(|_| None).collect();
-        Self { pages, retired: Vec::new(), ops: 0 }
+        Self { pages, retired: Vec::new(), ops: 0, records: 0 }
     }
 
     /// The record of page number `index`, whose 4 KiB of RAM are at `host`.
     pub(crate) fn page(&mut self, index: usize, host: *const u8) -> *mut PageCode {
         let record = self.pages[index].get_or_insert_with(|| {
+            self.records += 1;
             let blocks = [std::ptr::null_mut(); PAGE_INSNS];
             Box::new(PageCode { blocks, index, host, owned: Vec::new() })
         });
@@ -85,12 +92,17 @@ impl CodeCache {
         }
     }
 
-    /// Frees what is out of use, and drops everything when too much is held. Called when no block
-    /// is executing.
-    pub(crate) fn sweep(&mut self) {
+    /// Frees what is out of use. When too much is held, everything is dropped, the records too, and
+    /// the answer is true: no translation may lead to them any more. Called when no block is
+    /// executing.
+    #[must_use]
+    pub(crate) fn sweep(&mut self) -> bool {
         self.retired.clear();
-        if self.ops > MAX_OPS {
-            self.drop_all();
+        if self.ops <= MAX_OPS && self.records <= MAX_RECORDS {
+            return false;
         }
+        self.pages.fill_with(|| None);
+        (self.ops, self.records) = (0, 0);
+        true
     }
 }

@@ -233,7 +233,10 @@ impl Cpu {
                 return Some(Exit::Kicked);
             }
         }
-        self.code.sweep();
+        if self.code.sweep() {
+            self.tlb.forget_all();
+            self.refresh_space();
+        }
         if self.space_changed {
             self.refresh_space();
         }

@@ -5,7 +5,7 @@ use crate::{
     SysReg,
     exec::{
         branch::{b, b_cond, bl, br, cb, tb},
-        instance, system,
+        instance, maintenance, system,
     },
     op::{Exec, Op},
     regs::SINK,
@@ -107,7 +107,7 @@ fn system_instruction(insn: u32) -> Option<Decoded> {
             Some(match op2 {
                 2 => Op::new(system::clrex).into(),
                 // SSBB and PSSBB are DSBs with CRm 0 and 4.
-                4 => Op::new(system::dsb).d(d).into(),
+                4 => Op::new(maintenance::dsb).d(d).into(),
                 5 => Op::new(system::dmb).d(d).into(),
                 6 => ends(Op::new(system::isb)),
                 _ => return None,
@@ -122,11 +122,11 @@ fn system_instruction(insn: u32) -> Option<Decoded> {
         }),
         (1, 7) => {
             let what = u64::from(op1 << 7 | crm << 3 | op2);
-            Some(Op::new(system::cache).imm(what).regs(0, source(insn, 0), 0).d(rt).into())
+            Some(Op::new(maintenance::cache).imm(what).regs(0, source(insn, 0), 0).d(rt).into())
         }
         (1, 8) if op1 == 0 => {
             let what = u64::from(crm << 3 | op2);
-            Some(Op::new(system::tlbi).imm(what).regs(0, source(insn, 0), 0).d(rt).into())
+            Some(Op::new(maintenance::tlbi).imm(what).regs(0, source(insn, 0), 0).d(rt).into())
         }
         _ => None,
     }

@@ -4,6 +4,7 @@ pub(crate) mod alu;
 pub(crate) mod atomic;
 pub(crate) mod branch;
 pub(crate) mod loadstore;
+pub(crate) mod maintenance;
 pub(crate) mod system;
 pub(crate) mod vector_mem;
 

@@ -149,7 +149,7 @@ fn shuffle<T: Lane>(n: &u128, m: &u128, f: impl Fn(usize) -> usize) -> T::Lanes 
 /// Alternately a lane of the first operand and one of the second.
 #[inline(always)]
 fn second<T: Lane>(i: usize) -> usize {
-    if i % 2 == 0 { 0 } else { T::COUNT }
+    if i.is_multiple_of(2) { 0 } else { T::COUNT }
 }
 
 fn zip1<T: Lane>(regs: &mut Regs, insn: u32) {
