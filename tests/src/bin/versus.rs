@@ -150,10 +150,9 @@ fn qemu(kit: &Kit, cmdline: &str, disks: &[&Path]) -> Result<Child> {
     command.args(["-append", &format!("console=ttyAMA0 {cmdline}")]);
     for (n, disk) in disks.iter().enumerate().rev() {
         // QEMU hands its virtio-mmio transports out from the last one down.
-        command.arg("-drive").arg(format!(
-            "if=none,id=d{n},format=raw,snapshot=on,file={}",
-            disk.display()
-        ));
+        command
+            .arg("-drive")
+            .arg(format!("if=none,id=d{n},format=raw,snapshot=on,file={}", disk.display()));
         command.arg("-device").arg(format!("virtio-blk-device,drive=d{n}"));
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
