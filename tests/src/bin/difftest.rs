@@ -1,15 +1,17 @@
 //! Differential tests of the software CPU against `qemu-aarch64`; see [`squib_tests::difftest`].
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::ensure;
 use clap::Parser;
 use squib_soft::testing::{self, State};
 use squib_tests::difftest::classes::{self, CLASSES, Class};
-use squib_tests::difftest::compare::{self, Mismatch, Report, Side};
+use squib_tests::difftest::compare::{self, Report, Side};
 use squib_tests::difftest::machine::Stepping;
 use squib_tests::difftest::record;
 use squib_tests::difftest::streams::{self, Streams};
+use squib_tests::difftest::translation::{Mismatch, Tables};
 use squib_tests::difftest::values::{self, Rng};
 use squib_tests::difftest::{Case, Qemu};
 
@@ -72,6 +74,10 @@ fn main() -> anyhow::Result<ExitCode> {
             failed += run_streams(&args)?;
             continue;
         }
+        if name == "translation" {
+            failed += run_translation(&args)?;
+            continue;
+        }
         let classes = classes::named(name);
         ensure!(!classes.is_empty(), "there is no class {name}");
         selected.extend(classes);
@@ -83,7 +89,7 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     ensure!(
         !selected.is_empty() || !args.classes.is_empty(),
-        "name a class (--list lists them), `streams` or a --word"
+        "name a class (--list lists them), `streams`, `translation` or a --word"
     );
     for class in &selected {
         let mut rng = Rng::new(args.seed);
@@ -127,7 +133,33 @@ fn run_streams(args: &Args) -> anyhow::Result<usize> {
         let (expected, actual) = (qemu.run(&cases)?.remove(0), side.run(&cases)?.remove(0));
         let [case] = cases;
         let difference = mismatch.difference;
-        print!("{}", compare::describe(&Mismatch { difference, case, expected, actual }));
+        print!("{}", compare::describe(&compare::Mismatch { difference, case, expected, actual }));
+    }
+    Ok(found.len())
+}
+
+fn run_translation(args: &Args) -> anyhow::Result<usize> {
+    /// Addresses for one set of tables.
+    const ADDRESSES: usize = 500;
+    let mut rng = Rng::new(args.seed);
+    let (mut cases, mut found, mut seen) = (0, Vec::new(), BTreeMap::new());
+    while cases < args.count {
+        let (faults, differ) = Tables::new(&mut rng, ADDRESSES).compare()?;
+        faults.iter().for_each(|(fault, n)| *seen.entry(*fault).or_insert(0) += n);
+        found.extend(differ);
+        cases += ADDRESSES;
+    }
+    println!("translation: {cases} addresses in four ways, {} differ", found.len());
+    for (fault, n) in seen {
+        match fault {
+            0 => println!("  {n} translated"),
+            fault => println!("  {n} with fault status {:#04x}", fault >> 1),
+        }
+    }
+    for Mismatch { address, kind, tcr, expected, actual } in found.iter().take(args.groups) {
+        println!(
+            "  {kind} {address:#018x} TCR_EL1 {tcr:#x}: expected PAR_EL1 {expected:#x} actual {actual:#x}"
+        );
     }
     Ok(found.len())
 }

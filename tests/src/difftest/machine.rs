@@ -65,7 +65,7 @@ pub enum Stepping {
 /// The CPU did something that no program can make it do.
 pub fn run(cases: &[Case], stepping: Stepping) -> anyhow::Result<Vec<Outcome>> {
     let program = Program::new(cases);
-    let memory = Memory::new();
+    let memory = Memory::new(RAM_BASE, RAM_SIZE);
     for segment in &program.segments {
         memory.write(segment.address, &segment.bytes);
     }
@@ -76,9 +76,8 @@ pub fn run(cases: &[Case], stepping: Stepping) -> anyhow::Result<Vec<Outcome>> {
         Stepping::Blocks => Counter::host(0),
         Stepping::Instructions(_) => Counter::instructions(0),
     };
-    // SAFETY: the memory lives as long as the Arc that is handed over, it is page-aligned and
-    // RAM_SIZE bytes long, and only raw pointers lead to it.
-    let ram = unsafe { Ram::new(memory.host, RAM_SIZE, RAM_BASE, Arc::clone(&memory.keep) as _) };
+    // SAFETY: the memory is only used between two runs of the CPU.
+    let ram = unsafe { memory.ram() };
     let mut cpu = Cpu::new(&Shared::new(ram, Arc::new(counter)), 1 << 31);
     cpu.start(boot, 0);
     let output = system_calls(&mut cpu, &memory, &program, stepping)?;
@@ -244,47 +243,56 @@ fn page_tables(memory: &Memory, segments: &[Segment]) {
     map(VECTORS, UXN);
 }
 
-/// The guest's RAM.
-struct Memory {
+/// A guest's RAM.
+pub(super) struct Memory {
     host: *mut u8,
+    base: u64,
+    size: u64,
     keep: Arc<Allocation>,
 }
 
-struct Allocation(*mut u8);
+struct Allocation(*mut u8, Layout);
 
 // SAFETY: a pointer that is only handed on and freed.
 unsafe impl Send for Allocation {}
 // SAFETY: as above.
 unsafe impl Sync for Allocation {}
 
-const LAYOUT: Layout = match Layout::from_size_align(RAM_SIZE as usize, 0x1000) {
-    Ok(layout) => layout,
-    Err(_) => panic!("RAM_SIZE is no size"),
-};
-
 impl Drop for Allocation {
     fn drop(&mut self) {
         // SAFETY: `Memory::new` allocated it with this layout, and this is its only owner.
-        unsafe { dealloc(self.0, LAYOUT) };
+        unsafe { dealloc(self.0, self.1) };
     }
 }
 
 impl Memory {
-    fn new() -> Self {
+    /// Zeros.
+    pub(super) fn new(base: u64, size: u64) -> Self {
+        let layout = Layout::from_size_align(size as usize, 0x1000).expect("a size of RAM");
         // SAFETY: the layout's size is not zero.
-        let host = unsafe { alloc_zeroed(LAYOUT) };
+        let host = unsafe { alloc_zeroed(layout) };
         assert!(!host.is_null(), "out of memory");
-        Self { host, keep: Arc::new(Allocation(host)) }
+        Self { host, base, size, keep: Arc::new(Allocation(host, layout)) }
+    }
+
+    /// As a CPU sees it.
+    ///
+    /// # Safety
+    /// The other functions must not be called while a CPU runs.
+    pub(super) unsafe fn ram(&self) -> Ram {
+        // SAFETY: the memory lives as long as the Arc that is handed over, it is page-aligned and
+        // `size` bytes long, and only raw pointers lead to it.
+        unsafe { Ram::new(self.host, self.size, self.base, Arc::clone(&self.keep) as _) }
     }
 
     fn at(&self, address: u64, size: u64) -> Option<*mut u8> {
-        let offset = address.checked_sub(RAM_BASE)?;
+        let offset = address.checked_sub(self.base)?;
         let end = offset.checked_add(size)?;
         // SAFETY: the offset is inside the allocation.
-        (end <= RAM_SIZE).then(|| unsafe { self.host.add(offset as usize) })
+        (end <= self.size).then(|| unsafe { self.host.add(offset as usize) })
     }
 
-    fn write(&self, address: u64, bytes: &[u8]) {
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) {
         let to = self.at(address, bytes.len() as u64).expect("the segments lie in RAM");
         // SAFETY: `at` checked the range, and no CPU runs.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };

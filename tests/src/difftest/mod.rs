@@ -17,10 +17,13 @@
 //! cargo run -p squib-tests --bin difftest -- simd --cpu             (by a whole CPU)
 //! cargo run -p squib-tests --bin difftest -- int --step 1           (instruction by instruction)
 //! cargo run -p squib-tests --bin difftest -- streams --count 100000
+//! cargo run -p squib-tests --bin difftest -- translation --count 20000
 //! ```
 //!
 //! `difftest streams` draws short random programs of all classes with branches and loops; what
 //! differs is cut down to the instructions that it takes.
+//!
+//! `difftest translation` walks random translation tables by AT, against `qemu-system-aarch64`.
 //!
 //! Every mismatch is printed with the word, its disassembly (where binutils for aarch64 are
 //! installed), the operands that it read and both results. A found case becomes a plain unit test in
@@ -37,6 +40,7 @@ pub mod machine;
 mod program;
 pub mod record;
 pub mod streams;
+pub mod translation;
 pub mod values;
 
 use std::io::Write as _;

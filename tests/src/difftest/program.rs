@@ -437,7 +437,8 @@ pub(super) struct Segment {
     pub(super) size: u64,
 }
 
-fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
+/// A static ELF file.
+pub(super) fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
     const PAGE: usize = 0x1000;
     let mut file = Vec::new();
     file.extend(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
