@@ -60,7 +60,12 @@ impl Session<'_> {
         let to_guest = vm.clone();
         let input = Box::new(move |bytes: &[u8]| {
             // A guest that has ended reads no more; a restarted one starts with an empty console.
-            let _ = to_guest.machine().console_input().send(bytes);
+            if let Some(machine) = to_guest.machine() {
+                let input = machine.console_input();
+                // Sending may wait for the guest, and must not keep the machine for so long.
+                drop(machine);
+                let _ = input.send(bytes);
+            }
         });
         let console = Console::attach(input, events.clone())?;
         phases.end("control socket and console");
@@ -69,14 +74,16 @@ impl Session<'_> {
         }
         watch(machine.clone(), events.clone())?;
         if let Some(format) = self.args.timings {
-            phases.report(machine, format)?;
+            phases.report(machine.clone(), format)?;
         }
+        drop(machine);
 
         let end = loop {
             // The sender is also held here, so that there is always an event to come.
             let event = happened.recv().map_err(anyhow::Error::from)?;
             match event {
                 Event::Guest(Outcome::Reset) if self.restart => {
+                    vm.retire();
                     let mut unused = Phases::new(Instant::now());
                     let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut unused)?);
                     vm.replace(machine.clone());
@@ -89,7 +96,9 @@ impl Session<'_> {
             }
         };
         vm.cancel();
-        vm.machine().stop();
+        if let Some(machine) = vm.machine() {
+            machine.stop();
+        }
         output.release();
         drop(server);
         drop(drain);

@@ -1,6 +1,10 @@
 //! The VM of this process, as the control API and the console see it.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc::Sender};
+use std::{
+    sync::{Arc, Mutex, PoisonError, RwLock, mpsc::Sender},
+    thread,
+    time::{Duration, Instant},
+};
 
 use squib_vmm::machine::{Machine, RunState};
 
@@ -16,10 +20,14 @@ use crate::{
     exit::Failure,
 };
 
+/// How long those who still look at a machine that has ended may take to let go of it.
+const LET_GO: Duration = Duration::from_secs(5);
+
 /// A VM that may be restarted, and with that be another machine of the same name.
 pub(crate) struct Vm {
     name: String,
-    machine: RwLock<Arc<Machine>>,
+    /// None between two machines.
+    machine: RwLock<Option<Arc<Machine>>>,
     events: Sender<Event>,
     /// Held while a snapshot is written, and while the run state is changed from outside.
     control: Mutex<()>,
@@ -30,15 +38,15 @@ impl Vm {
     pub(crate) fn new(name: &str, machine: Arc<Machine>, events: Sender<Event>) -> Self {
         Self {
             name: name.to_owned(),
-            machine: RwLock::new(machine),
+            machine: RwLock::new(Some(machine)),
             events,
             control: Mutex::new(()),
             progress: Gauge::default(),
         }
     }
 
-    /// The machine that runs now.
-    pub(crate) fn machine(&self) -> Arc<Machine> {
+    /// The machine that runs now; none while it is being restarted.
+    pub(crate) fn machine(&self) -> Option<Arc<Machine>> {
         self.machine.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -47,23 +55,39 @@ impl Vm {
         self.progress.cancel();
     }
 
-    /// Puts another machine in its place.
+    /// Lets go of a machine that has ended, and with it of its disks, which the next one locks again.
+    pub(crate) fn retire(&self) {
+        let taken = self.machine.write().unwrap_or_else(PoisonError::into_inner).take();
+        let deadline = Instant::now() + LET_GO;
+        if let Some(machine) = taken {
+            while Arc::strong_count(&machine) > 1 && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// The next machine.
     pub(crate) fn replace(&self, machine: Arc<Machine>) {
-        *self.machine.write().unwrap_or_else(PoisonError::into_inner) = machine;
+        *self.machine.write().unwrap_or_else(PoisonError::into_inner) = Some(machine);
+    }
+
+    fn running(&self) -> Result<Arc<Machine>, Fault> {
+        self.machine().ok_or_else(|| Fault("the machine is being restarted".into()))
     }
 }
 
 impl Controlled for Vm {
     fn info(&self) -> InstanceInfo {
-        let machine = self.machine();
-        let state = match machine.state() {
-            RunState::Paused if machine.timings().first_instruction().is_none() => {
-                InstanceState::NotStarted
+        let state = self.machine().map_or(InstanceState::NotStarted, |machine| {
+            match machine.state() {
+                RunState::Paused if machine.timings().first_instruction().is_none() => {
+                    InstanceState::NotStarted
+                }
+                RunState::Paused => InstanceState::Paused,
+                // The process is about to end.
+                RunState::Running | RunState::Ended(_) => InstanceState::Running,
             }
-            RunState::Paused => InstanceState::Paused,
-            // The process is about to end.
-            RunState::Running | RunState::Ended(_) => InstanceState::Running,
-        };
+        });
         InstanceInfo {
             app_name: "squib".into(),
             id: self.name.clone(),
@@ -74,17 +98,17 @@ impl Controlled for Vm {
 
     fn pause(&self) -> Result<(), Fault> {
         let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        self.machine().pause(PAUSE_DEADLINE).map_err(|e| Fault(e.to_string()))
+        self.running()?.pause(PAUSE_DEADLINE).map_err(|e| Fault(e.to_string()))
     }
 
     fn resume(&self) -> Result<(), Fault> {
         let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        self.machine().resume().map_err(|e| Fault(e.to_string()))
+        self.running()?.resume().map_err(|e| Fault(e.to_string()))
     }
 
     fn snapshot(&self, params: SnapshotCreateParams) -> Result<SnapshotReport, Fault> {
         let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        capture::write(&self.machine(), &params, &self.progress)
+        capture::write(&*self.running()?, &params, &self.progress)
             .map_err(|e| Fault(Failure::from(e).to_string()))
     }
 

@@ -68,7 +68,10 @@ demo() {
     while :; do
         n=$((n + 1))
         echo "count $n"
-        if read -r -t 0.1 command; then
+        sleep 0.1
+        # A read with a timeout would lose the half of a line that it had when the time was up.
+        if read -t 0; then
+            read -r command
             case $command in
                 sum) sum ;;
                 off) return 0 ;;
