@@ -188,7 +188,7 @@ impl Cpu {
     pub fn skip_to(&mut self, ticks: u64) {
         let now = self.retired().wrapping_add(self.skipped);
         if ticks > now {
-            self.skipped += ticks - now;
+            self.skipped = self.skipped.wrapping_add(ticks - now);
             self.publish_time();
         }
     }
