@@ -1,8 +1,8 @@
 //! What can end a VM, in one channel that the command's own thread waits on.
 
-use std::sync::mpsc::Sender;
+use std::sync::{Arc, atomic::AtomicBool, mpsc::Sender};
 
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 
 use squib_vmm::machine::Outcome;
 
@@ -19,6 +19,24 @@ pub(crate) enum Event {
     Signal(i32),
     /// The control API was told to end the VM.
     Stop,
+}
+
+/// Ends the process when SIGINT, SIGTERM or SIGHUP comes, after `clean` has put things in order.
+pub(crate) fn end_on_signal(clean: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        // None is left when the process ends in another way.
+        let Some(signal) = signals.forever().next() else { return };
+        clean();
+        std::process::exit(128 + signal);
+    })?;
+    Ok(())
+}
+
+/// Lets a write beyond a file size limit fail as on a full disk; by default its signal ends the process.
+pub(crate) fn survive_file_size_limits() -> std::io::Result<()> {
+    signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
+    Ok(())
 }
 
 /// Starts the thread that turns signals into events. A second one of them ends the process at once.

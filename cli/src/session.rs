@@ -49,6 +49,7 @@ impl Session<'_> {
         let listener = home::listen(&socket).code(Code::Usage)?;
         let _unlink = Unlink(&socket);
         let (events, happened) = mpsc::channel();
+        events::survive_file_size_limits()?;
         events::watch_signals(events.clone())?;
         phases.end("prepare");
 

@@ -57,17 +57,7 @@ impl Place {
     }
 
     fn vm(&self, words: &[&str]) -> Vm {
-        let mut command = self.squib(words);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let (console, messages) = (Capture::default(), Capture::default());
-        let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-        let (mut console_end, mut message_end) = (console.clone(), messages.clone());
-        let readers = vec![
-            thread::spawn(move || drop(std::io::copy(&mut out, &mut console_end))),
-            thread::spawn(move || drop(std::io::copy(&mut err, &mut message_end))),
-        ];
-        Vm { child, console, messages, readers }
+        Vm::start(self.squib(words))
     }
 
     /// A VM with the tiny guest.
@@ -97,6 +87,19 @@ struct Vm {
 }
 
 impl Vm {
+    fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (console, messages) = (Capture::default(), Capture::default());
+        let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (mut console_end, mut message_end) = (console.clone(), messages.clone());
+        let readers = vec![
+            thread::spawn(move || drop(std::io::copy(&mut out, &mut console_end))),
+            thread::spawn(move || drop(std::io::copy(&mut err, &mut message_end))),
+        ];
+        Self { child, console, messages, readers }
+    }
+
     /// Waits until the guest has printed `count` lines more.
     fn wait_lines(&self, count: usize) {
         let had = rounds(&self.console.text()).len();
@@ -373,6 +376,27 @@ fn a_failed_snapshot_leaves_the_guest_running_and_nothing_behind() {
     let names: Vec<_> =
         fs::read_dir(place.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names.len(), 4, "{names:?}");
+}
+
+#[test]
+fn a_disk_without_room_leaves_the_guest_running_and_nothing_behind() {
+    let place = Place::new();
+    // A limit on the size of files stands for a full disk; the index of 64 MiB takes 48 KiB.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -f 64; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_squib")])
+        .args(["run", "--kernel", "kernel", "--memory", "64M", "--name", "a"])
+        .current_dir(place.dir.path())
+        .env("SQUIB_HOME", place.path("home"));
+    let vm = Vm::start(command);
+    vm.wait_lines(1);
+    let (code, _, error) = place.done(&["snapshot", "create", "a", "-o", "snap", "--stop"]);
+    assert_eq!((code, error.contains("no room")), (5, true), "{error}");
+    let names = fs::read_dir(place.dir.path()).unwrap().map(|e| e.unwrap().file_name());
+    assert!(names.into_iter().all(|name| !name.to_string_lossy().contains("snap")));
+    vm.wait_lines(2);
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.end().0.code(), Some(143));
 }
 
 #[test]

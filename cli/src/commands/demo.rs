@@ -29,8 +29,9 @@ use crate::{
     api::types::{DiskReport, SnapshotCreateParams, SnapshotReport},
     args::DemoArgs,
     commands::run::absolute,
+    events::end_on_signal,
     exit::{Code, Result, WithCode},
-    kit::{FetchOptions, Kit},
+    kit::{self, FetchOptions, Kit},
     output::{Spinner, ms, print_json},
 };
 
@@ -44,10 +45,15 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const HOST_TIME: &[&str] = &["time"];
 
 pub(crate) fn demo(args: &DemoArgs) -> Result<Code> {
+    let work = WorkDir::new(args.keep.as_deref())?;
+    let at_signal = WorkDir { path: work.path.clone(), keep: work.keep };
+    end_on_signal(move || {
+        guest::end_all();
+        kit::abandon();
+        drop(at_signal);
+    })?;
     let spinner = Spinner::new("demo");
     let kit = Kit::fetch(&FetchOptions::default(), &|what| spinner.say(what)).code(Code::Failed)?;
-    let work = WorkDir::new(args.keep.as_deref())?;
-    guest::end_with_us(&work)?;
     let report = Demo { args, kit, dir: &work.path, spinner: &spinner }.run();
     drop(spinner);
     let report = report?;
@@ -282,18 +288,14 @@ impl WorkDir {
         made.with_context(|| format!("{}", path.display())).code(Code::Usage)?;
         Ok(Self { path, keep: keep.is_some() })
     }
-
-    fn remove(&self) {
-        if !self.keep {
-            // Nothing else depends on it: the next demo takes another name.
-            let _ = fs::remove_dir_all(&self.path);
-        }
-    }
 }
 
 impl Drop for WorkDir {
     fn drop(&mut self) {
-        self.remove();
+        if !self.keep {
+            // Nothing else depends on it: the next demo takes another name.
+            let _ = fs::remove_dir_all(&self.path);
+        }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use crate::{
     args::{FetchArgs, KitCommand},
+    events::end_on_signal,
     exit::{Code, Result, WithCode},
-    kit::{FetchOptions, Kit},
+    kit::{self, FetchOptions, Kit},
     output::{Spinner, print_json},
 };
 
@@ -14,6 +15,7 @@ pub(crate) fn kit(command: KitCommand) -> Result<Code> {
 }
 
 fn fetch(args: FetchArgs) -> Result<Code> {
+    end_on_signal(kit::abandon)?;
     let spinner = Spinner::new("the guest kit");
     let options = FetchOptions { mirror: args.mirror, rootfs: args.rootfs, refresh: args.refresh };
     let kit = Kit::fetch(&options, &|what| spinner.say(what)).code(Code::Failed)?;

@@ -22,6 +22,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use apt::Apt;
@@ -92,6 +93,13 @@ impl Kit {
             rootfs::make(&apt, &stage.path, &version.rootfs(), &version.dir, progress)?;
         }
         version.kit()
+    }
+}
+
+/// Removes what a fetch that is under way has staged: the process is about to end.
+pub fn abandon() {
+    if let Some(path) = staged().take() {
+        let _ = fs::remove_dir_all(path);
     }
 }
 
@@ -226,6 +234,7 @@ impl Store {
     fn stage(&self) -> Result<Stage, KitError> {
         let path = self.dir.join(format!(".staging-{}", std::process::id()));
         fs::create_dir(&path).map_err(|e| KitError::io(&path, e))?;
+        *staged() = Some(path.clone());
         Ok(Stage { path })
     }
 
@@ -325,9 +334,16 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        *staged() = None;
         // The next one that takes the lock removes what could not be removed now.
         let _ = fs::remove_dir_all(&self.path);
     }
+}
+
+/// The stage of the fetch that is under way in this process; the lock lets there be one only.
+fn staged() -> MutexGuard<'static, Option<PathBuf>> {
+    static STAGED: Mutex<Option<PathBuf>> = Mutex::new(None);
+    STAGED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn write(path: &Path, data: &[u8]) -> Result<(), KitError> {

@@ -13,7 +13,6 @@ use std::{
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::WorkDir;
 use crate::{api::client::Client, timings::Timings};
 
 /// Lines of console that an error shows.
@@ -225,24 +224,14 @@ fn whole_lines(text: &str) -> impl Iterator<Item = &str> {
     text.split_inclusive('\n').filter(|line| line.ends_with('\n')).map(str::trim)
 }
 
-/// Ends the children, and removes the files, when a signal ends us.
-pub(super) fn end_with_us(work: &WorkDir) -> std::io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let work = WorkDir { path: work.path.clone(), keep: work.keep };
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
-    thread::Builder::new().name("signals".into()).spawn(move || {
-        // None is left when the process ends in another way.
-        let Some(signal) = signals.forever().next() else { return };
-        for pid in children().drain(..) {
-            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                // It may have ended by itself.
-                let _ = kill_process(pid, Signal::KILL);
-            }
+/// Ends all children.
+pub(super) fn end_all() {
+    for pid in children().drain(..) {
+        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            // It may have ended by itself.
+            let _ = kill_process(pid, Signal::KILL);
         }
-        work.remove();
-        std::process::exit(128 + signal);
-    })?;
-    Ok(())
+    }
 }
 
 fn children() -> MutexGuard<'static, Vec<u32>> {
