@@ -91,6 +91,9 @@ impl Operands {
 
     /// A random case of `insn`, number `index` of its batch.
     pub fn case(self, insn: u32, rng: &mut Rng, index: usize) -> Case {
+        if self == Operands::AnyAddress && insn & 0x3B20_0C00 == 0x3820_0800 {
+            return Operands::RegisterOffset.case(insn, rng, index);
+        }
         let mut state = values::state(rng);
         if let (Operands::FpControl, Some(x)) = (self, state.x.get_mut((insn & 31) as usize)) {
             *x &= if insn >> 5 & 1 != 0 { 0x0800_009F } else { 0x07C0_0000 };

@@ -28,8 +28,9 @@ const AP_READ_ONLY: u64 = 1 << 7;
 const PXN: u64 = 1 << 53;
 const UXN: u64 = 1 << 54;
 
-/// TCR_EL1: 39-bit addresses below, none above, 4 KiB granule, cacheable, 40-bit physical addresses.
-const TCR: u64 = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 25 << 16 | 2 << 32;
+/// TCR_EL1: 39-bit addresses below with tags, as Linux has them, none above, 4 KiB granule, cacheable,
+/// 40-bit physical addresses.
+const TCR: u64 = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 25 << 16 | 2 << 32 | 1 << 37;
 /// SCTLR_EL1: MMU and caches on, DC ZVA, cache maintenance and CTR_EL0 open to EL0, and RES1 bits.
 const SCTLR: u64 = 0x30D0_0800 | 1 | 1 << 2 | 1 << 12 | 1 << 14 | 1 << 15 | 1 << 26;
 
