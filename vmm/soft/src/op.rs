@@ -15,6 +15,7 @@ pub(crate) type Exec = unsafe fn(&mut Cpu, *const Op) -> *const Op;
 /// One decoded instruction. A block is a run of these that ends with one that always leaves it.
 ///
 /// Position-independent: nothing in it depends on the virtual address at which its page is mapped.
+/// Executed through raw pointers only, since a branch rewrites itself when it is linked.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Op {
