@@ -162,8 +162,9 @@ fn an_unknown_route_or_method_is_not_found() {
 #[test]
 fn a_body_beyond_the_limit_is_refused() {
     let served = serve(false);
-    let (status, _) = raw(&served.socket, "PATCH /vm", &" ".repeat(60_000));
+    let (status, body) = raw(&served.socket, "PATCH /vm", &" ".repeat(60_000));
     assert_eq!(status, 413);
+    assert!(body.contains("fault_message"), "{body}");
 }
 
 #[test]

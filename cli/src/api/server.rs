@@ -10,7 +10,7 @@ use std::{
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, State},
+    extract::{DefaultBodyLimit, State, rejection::BytesRejection},
     http::{HeaderMap, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::{get, patch, put},
@@ -91,6 +91,7 @@ impl Drop for Server {
     }
 }
 
+type Body = Result<Bytes, BytesRejection>;
 type Shared = State<Arc<dyn Controlled>>;
 
 fn router(controlled: Arc<dyn Controlled>) -> Router {
@@ -113,7 +114,11 @@ async fn progress(State(vm): Shared) -> Response {
     Json(vm.progress()).into_response()
 }
 
-async fn set_state(State(vm): Shared, body: Bytes) -> Response {
+async fn set_state(State(vm): Shared, body: Body) -> Response {
+    let body = match body {
+        Ok(body) => body,
+        Err(error) => return unread(&error),
+    };
     let wanted: Vm = match parse(&body) {
         Ok(wanted) => wanted,
         Err(fault) => return fault.into_response(),
@@ -128,7 +133,11 @@ async fn set_state(State(vm): Shared, body: Bytes) -> Response {
     }
 }
 
-async fn create(State(vm): Shared, headers: HeaderMap, body: Bytes) -> Response {
+async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
+    let body = match body {
+        Ok(body) => body,
+        Err(error) => return unread(&error),
+    };
     let params: SnapshotCreateParams = match parse(&body).and_then(check) {
         Ok(params) => params,
         Err(fault) => return fault.into_response(),
@@ -167,6 +176,12 @@ fn check(params: SnapshotCreateParams) -> Result<SnapshotCreateParams, Fault> {
 async fn unknown(method: Method, uri: Uri) -> Response {
     let fault_message = format!("there is no {method} {}", uri.path());
     (StatusCode::NOT_FOUND, Json(Error { fault_message })).into_response()
+}
+
+/// The answer to a body that is too long, or broke off.
+fn unread(error: &BytesRejection) -> Response {
+    let fault_message = error.body_text();
+    (error.status(), Json(Error { fault_message })).into_response()
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
