@@ -7,6 +7,10 @@
 //! Transmission takes no time: the transmitter holding register is always empty. Received bytes wait
 //! in the FIFO of 16 bytes; a character time-out is reported at once, so that a driver is told of few
 //! bytes without a wait. One byte register at each of the offsets 0 to 7.
+//!
+//! Input is taken only from a guest that listens: one that has received-data interrupts enabled, or that
+//! polls the line status. A driver that is not there yet resets the FIFO when it comes, and what was
+//! typed ahead, or piped in, would be lost.
 
 use std::{collections::VecDeque, io::Write};
 
@@ -23,6 +27,10 @@ pub use state::SerialState;
 
 /// Bytes of the receiver FIFO (PC16550D, section 8.0).
 const FIFO_SIZE: usize = 16;
+
+/// Reads of LSR in a row that show a guest waiting for input. The transmitter is never busy, so nobody
+/// reads LSR more than a few times to send.
+const LISTENING_POLLS: u8 = 16;
 
 /// Register offsets (PC16550D, table II).
 mod reg {
@@ -114,6 +122,8 @@ struct Registers {
     thr_empty_pending: bool,
     /// LSR bit 1.
     overrun: bool,
+    /// Reads of LSR since any other access but of RBR, at most [`LISTENING_POLLS`].
+    polls: u8,
     rx: VecDeque<u8>,
 }
 
@@ -137,10 +147,14 @@ impl Serial {
         count
     }
 
-    /// How many bytes [`enqueue`](Self::enqueue) would take now; none in loopback mode.
+    /// How many bytes [`enqueue`](Self::enqueue) would take now; none while the guest does not listen, and
+    /// none in loopback mode.
     pub fn room(&self) -> usize {
         let registers = &self.registers;
-        if registers.looped() { 0 } else { registers.capacity().saturating_sub(registers.rx.len()) }
+        match registers.listens() && !registers.looped() {
+            true => registers.capacity().saturating_sub(registers.rx.len()),
+            false => 0,
+        }
     }
 
     /// Has `hook` called when there is room again after [`enqueue`](Self::enqueue) left bytes with its
@@ -199,11 +213,18 @@ impl Registers {
             msr_delta: 0,
             thr_empty_pending: false,
             overrun: false,
+            polls: 0,
             rx: VecDeque::with_capacity(FIFO_SIZE),
         }
     }
 
     fn read(&mut self, offset: u64) -> u8 {
+        self.polls = match offset {
+            // One that found a byte was not in vain: the guest still listens when it has read that.
+            reg::LSR => (self.polls + 1).min(LISTENING_POLLS),
+            reg::DATA => self.polls,
+            _ => 0,
+        };
         let divisor = self.divisor.to_le_bytes();
         match offset {
             reg::DATA if self.divisor_open() => divisor[0],
@@ -232,6 +253,7 @@ impl Registers {
 
     /// Writes a register; returns a byte that goes out on the line.
     fn write(&mut self, offset: u64, value: u8) -> Option<u8> {
+        self.polls = 0;
         let [low, high] = self.divisor.to_le_bytes();
         match offset {
             reg::DATA if self.divisor_open() => self.divisor = u16::from_le_bytes([value, high]),
@@ -256,7 +278,10 @@ impl Registers {
             }
             reg::IIR_FCR => {
                 let enable = value & FCR_ENABLE != 0;
-                if enable != self.fifo_enabled || enable && value & FCR_RESET_RECEIVER != 0 {
+                // Enabling the FIFOs clears them on the real thing; a byte that came in between the enabling
+                // of its interrupt and that of the FIFOs is kept here, for it would be lost.
+                let leaves_fifo_mode = self.fifo_enabled && !enable;
+                if leaves_fifo_mode || (enable && value & FCR_RESET_RECEIVER != 0) {
                     self.rx.clear();
                 }
                 self.fifo_enabled = enable;
@@ -312,6 +337,10 @@ impl Registers {
         }
     }
 
+    fn listens(&self) -> bool {
+        self.ier & IER_ERBFI != 0 || self.polls >= LISTENING_POLLS
+    }
+
     fn capacity(&self) -> usize {
         if self.fifo_enabled { FIFO_SIZE } else { 1 }
     }
@@ -343,6 +372,7 @@ impl Persist for Serial {
             msr_delta,
             thr_empty_pending,
             overrun,
+            polls,
             rx,
         } = registers;
         Ok(SerialState {
@@ -356,6 +386,7 @@ impl Persist for Serial {
             msr_delta: *msr_delta,
             thr_empty_pending: *thr_empty_pending,
             overrun: *overrun,
+            polls: *polls,
             rx: rx.iter().copied().collect(),
         })
     }
@@ -372,6 +403,7 @@ impl Persist for Serial {
             msr_delta,
             thr_empty_pending,
             overrun,
+            polls,
             rx,
         } = state;
         let fits = |field, value: u8, mask: u8| match value & !mask {
@@ -389,8 +421,12 @@ impl Persist for Serial {
             msr_delta: fits("msr_delta", msr_delta, MSR_DELTA_MASK)?,
             thr_empty_pending,
             overrun,
+            polls,
             rx: rx.into(),
         };
+        if polls > LISTENING_POLLS {
+            return Err(invalid("polls", format!("{polls}, it counts to {LISTENING_POLLS}")));
+        }
         let (len, capacity) = (registers.rx.len(), registers.capacity());
         if len > capacity {
             return Err(invalid("rx", format!("{len} bytes in a FIFO of {capacity}")));
@@ -431,6 +467,8 @@ mod state {
         pub thr_empty_pending: bool,
         /// LSR bit 1.
         pub overrun: bool,
+        /// Reads of LSR since any other access but of RBR, at most 16.
+        pub polls: u8,
         /// Received bytes that the guest has not read: 16 at most, 1 with the FIFOs disabled.
         pub rx: Vec<u8>,
     }

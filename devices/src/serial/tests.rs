@@ -108,6 +108,7 @@ fn fewer_bytes_than_the_trigger_level_are_a_time_out() {
 #[test]
 fn input_that_does_not_fit_stays_with_the_caller_who_is_told_of_room_once() {
     let mut port = Port::with_fifo();
+    port.write(reg::IER, IER_ERBFI);
     let calls = Arc::new(AtomicU32::new(0));
     let counter = calls.clone();
     port.serial.on_room(Box::new(move || {
@@ -127,11 +128,47 @@ fn input_that_does_not_fit_stays_with_the_caller_who_is_told_of_room_once() {
 #[test]
 fn without_fifos_one_byte_is_held() {
     let mut port = Port::new();
+    port.write(reg::IER, IER_ERBFI);
     assert_eq!(port.serial.enqueue(b"ab"), 1);
     assert_eq!(port.read(reg::LSR) & LSR_DATA_READY, 1);
     port.write(reg::IIR_FCR, FCR_ENABLE);
-    assert_eq!(port.read(reg::LSR) & LSR_DATA_READY, 0, "a change of mode clears");
-    assert_eq!(port.serial.room(), 16);
+    assert_eq!(port.serial.enqueue(b"b"), 1, "enabling the FIFOs makes room and loses nothing");
+    assert_eq!(port.read(reg::DATA), b'a');
+    port.write(reg::IIR_FCR, 0);
+    assert_eq!(port.read(reg::LSR) & LSR_DATA_READY, 0, "disabling them clears");
+}
+
+#[test]
+fn a_guest_that_does_not_listen_gets_no_input_until_it_does() {
+    let mut port = Port::with_fifo();
+    let told = Arc::new(AtomicBool::new(false));
+    let hook = told.clone();
+    port.serial.on_room(Box::new(move || hook.store(true, Ordering::Relaxed)));
+    assert_eq!(port.serial.enqueue(b"ab"), 0);
+    for _ in 0..100 {
+        port.read(reg::LSR);
+        port.write(reg::DATA, b'x');
+    }
+    assert!(!told.load(Ordering::Relaxed), "it only sends");
+    port.write(reg::IIR_FCR, FCR_ENABLE | FCR_RESET_RECEIVER);
+    port.write(reg::IER, IER_ERBFI);
+    assert!(told.load(Ordering::Relaxed));
+    assert_eq!(port.serial.enqueue(b"ab"), 2);
+}
+
+#[test]
+fn a_guest_that_polls_listens() {
+    let mut port = Port::with_fifo();
+    assert_eq!(port.serial.enqueue(b"abc"), 0);
+    for _ in 0..LISTENING_POLLS {
+        port.read(reg::LSR);
+    }
+    assert_eq!(port.serial.enqueue(b"abc"), 3);
+    for byte in *b"abc" {
+        assert_eq!(port.read(reg::LSR) & LSR_DATA_READY, 1);
+        assert_eq!(port.read(reg::DATA), byte);
+    }
+    assert_eq!(port.serial.enqueue(b"d"), 1);
 }
 
 #[test]
@@ -218,11 +255,12 @@ fn a_state_that_cannot_be_is_refused_by_field() {
     let mut port = Port::with_fifo();
     let good = port.serial.save().unwrap();
     type Damage = fn(&mut SerialState);
-    let cases: [(&str, Damage); 6] = [
+    let cases: [(&str, Damage); 7] = [
         ("ier", |s| s.ier = 0x10),
         ("mcr", |s| s.mcr = 0x20),
         ("rx_trigger", |s| s.rx_trigger = 4),
         ("msr_delta", |s| s.msr_delta = 0x10),
+        ("polls", |s| s.polls = 17),
         ("rx", |s| s.rx = vec![0; 17]),
         ("rx", |s| (s.fifo_enabled, s.rx) = (false, vec![0; 2])),
     ];
