@@ -59,15 +59,20 @@ impl Apt {
 
     /// The value of `field` in the newest record of `package`.
     pub(super) fn field(&self, package: &str, field: &str) -> Result<String, KitError> {
-        let out = self.run("apt-cache", &["show", package])?;
+        let unknown = || KitError::NoPackage {
+            package: package.to_owned(),
+            source_line: self.source.clone(),
+        };
+        let out = match self.run("apt-cache", &["show", package]) {
+            // That is how it says that it has no such package, or no lists at all.
+            Err(KitError::Tool { .. }) => return Err(unknown()),
+            out => out?,
+        };
         let prefix = format!("{field}: ");
         out.lines()
             .find_map(|line| line.strip_prefix(&prefix))
             .map(|value| value.trim().to_owned())
-            .ok_or_else(|| KitError::NoPackage {
-                package: package.to_owned(),
-                source_line: self.source.clone(),
-            })
+            .ok_or_else(unknown)
     }
 
     /// Everything that an empty machine needs for `packages`, themselves included, in apt's order.
