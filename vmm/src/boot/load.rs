@@ -188,17 +188,22 @@ fn place_initrd(
 /// Reads a whole regular file. What is longer than RAM can never be loaded and is not read.
 fn read_file(what: &'static str, path: &Path, memory: u64) -> Result<Vec<u8>, BootError> {
     let read = || {
-        let file = File::open(path)?;
-        let meta = file.metadata()?;
+        // Asked before it is opened: the open of a pipe that nobody writes to does not return.
+        let meta = std::fs::metadata(path)?;
         if meta.is_dir() {
             return Err(io::Error::from(io::ErrorKind::IsADirectory));
         }
+        if !meta.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let file = File::open(path)?;
+        let meta = file.metadata()?;
         if meta.len() > memory {
             let why = format!("{} bytes, more than the {memory} bytes of memory", meta.len());
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
         }
         let mut bytes = Vec::with_capacity(meta.len() as usize);
-        // A pipe or a growing file has no honest length.
+        // A growing file has no honest length.
         file.take(memory + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > memory {
             let why = format!("more than the {memory} bytes of memory");
@@ -289,6 +294,19 @@ mod tests {
         files.config.kernel = files.dir.path().to_owned();
         let error = load(&files.config, &files.ram).unwrap_err().to_string();
         assert!(error.starts_with("kernel ") && error.contains("directory"), "{error}");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_file_that_is_not_a_regular_one_is_refused_and_not_waited_for() {
+        let mut files = files(&kernel(0, 64, 0, 64), None);
+        let path = files.dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        for path in [path.as_path(), Path::new("/dev/zero")] {
+            files.config.initrd = Some(path.to_owned());
+            let error = load(&files.config, &files.ram).unwrap_err().to_string();
+            assert!(error.ends_with("not a regular file"), "{error}");
+        }
     }
 
     #[test]
