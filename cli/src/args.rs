@@ -115,6 +115,10 @@ pub(crate) enum SnapshotCommand {
     Inspect(InspectArgs),
     /// Check every byte of a snapshot.
     Verify(VerifyArgs),
+    /// Make a full snapshot of a difference and all that it builds on.
+    Flatten(FlattenArgs),
+    /// List what differs between two snapshots.
+    Diff(DiffArgs),
 }
 
 #[derive(Debug, Args)]
@@ -124,6 +128,9 @@ pub(crate) struct CreateArgs {
     /// The directory to write.
     #[arg(long, short, value_name = "DIR")]
     pub(crate) output: PathBuf,
+    /// Store only what differs from this snapshot, which has to stay: the new one builds on it.
+    #[arg(long, value_name = "PARENT_DIR")]
+    pub(crate) diff: Option<PathBuf>,
     /// End the VM once the snapshot is safe.
     #[arg(long)]
     pub(crate) stop: bool,
@@ -145,6 +152,10 @@ pub(crate) struct CreateArgs {
 pub(crate) struct RestoreArgs {
     /// The snapshot.
     pub(crate) dir: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
     /// Name of the VM [default: the one in the snapshot].
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -186,6 +197,10 @@ pub(crate) enum ClockArg {
 pub(crate) struct InspectArgs {
     /// The snapshot.
     pub(crate) dir: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
     /// Print everything as JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -195,7 +210,38 @@ pub(crate) struct InspectArgs {
 pub(crate) struct VerifyArgs {
     /// The snapshot.
     pub(crate) dir: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
     /// Print the result as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FlattenArgs {
+    /// The snapshot.
+    pub(crate) dir: PathBuf,
+    /// The directory to write.
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
+    /// What is synced to the storage before the snapshot is called safe.
+    #[arg(long, value_enum, default_value_t = Durability::Full)]
+    pub(crate) durability: Durability,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArgs {
+    /// The first snapshot.
+    pub(crate) a: PathBuf,
+    /// The second snapshot.
+    pub(crate) b: PathBuf,
+    /// Print everything as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

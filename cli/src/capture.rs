@@ -71,6 +71,7 @@ pub(crate) fn write(
             Some(types::Durability::Full) | None => Durability::Full,
         },
         pause_deadline: PAUSE_DEADLINE,
+        parent: params.parent_path.clone(),
         after: if params.stop { After::Stop } else { After::GoOn },
         run: Run { observer: gauge, cancel: &gauge.cancel, ..Run::default() },
         ..CaptureOptions::default()
@@ -104,6 +105,10 @@ fn advise(error: CaptureError) -> anyhow::Error {
         CaptureError::Format(FormatError::NoRoom { .. }) => {
             "the guest runs on and nothing is left behind; make room and try again"
         }
+        CaptureError::Format(FormatError::ChainTooLong { .. }) => {
+            "make a full snapshot, or one that builds on a flattened parent"
+        }
+        CaptureError::ReplacesParent { .. } => "name another directory",
         _ => return error.into(),
     };
     anyhow::anyhow!("{error}: {advice}")
@@ -111,7 +116,7 @@ fn advise(error: CaptureError) -> anyhow::Error {
 
 fn report(path: &Path, captured: &Captured) -> anyhow::Result<SnapshotReport> {
     let Captured { id, memory, stored, timings, .. } = captured;
-    let inspection = inspect(path)?;
+    let inspection = inspect(path, &[])?;
     debug_assert_eq!(memory.record.name, MEMORY_IMAGE);
     let disks = inspection.manifest.machine.disks.iter().map(|disk| DiskReport {
         id: disk.id.clone(),

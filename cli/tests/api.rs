@@ -139,6 +139,7 @@ fn a_body_that_is_not_understood_is_a_fault_and_calls_nothing() {
         ("PATCH /vm", ""),
         ("PUT /snapshot/create", "{}"),
         ("PUT /snapshot/create", "{\"snapshot_path\":\"/s\",\"snapshot_type\":\"Diff\"}"),
+        ("PUT /snapshot/create", "{\"snapshot_path\":\"/s\",\"parent_path\":\"/p\"}"),
         ("PUT /snapshot/create", "{\"snapshot_path\":\"/s\",\"mem_file_path\":\"/elsewhere\"}"),
     ] {
         let (status, answer) = raw(&served.socket, request, body);
@@ -189,6 +190,7 @@ fn the_client_gets_a_report_and_stop_follows_the_snapshot() {
         snapshot_path: "/s".into(),
         mem_file_path: None,
         snapshot_type: None,
+        parent_path: None,
         force: false,
         stop: true,
         durability: None,

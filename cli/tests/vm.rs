@@ -296,6 +296,54 @@ fn a_snapshot_that_is_there_is_replaced_only_by_force() {
 }
 
 #[test]
+fn a_difference_is_restored_flattened_and_compared() {
+    let place = Place::new();
+    let vm = place.run(&["--name", "a"]);
+    vm.wait_lines(2);
+    let full = create(&place, &[]);
+    vm.wait_lines(2);
+    let (code, out, error) = place.done(&[
+        "snapshot", "create", "a", "--output", "next", "--diff", "snap", "--stop", "--json",
+    ]);
+    assert_eq!(code, 0, "{error}");
+    let next: SnapshotReport = serde_json::from_str(&out).unwrap();
+    assert!(next.stored_bytes < full.stored_bytes + 4096, "{next:?} {full:?}");
+    let (status, before, messages) = vm.end();
+    assert_eq!(status.code(), Some(0), "{messages}");
+
+    let (code, out, error) = place.done(&["snapshot", "diff", "snap", "next", "--json"]);
+    assert_eq!(code, 0, "{error}");
+    let found: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(found["equal"], false);
+    assert!(found["images"][0]["changed_chunks"].as_u64().unwrap() > 0, "{out}");
+    let (code, out, _) = place.done(&["snapshot", "diff", "snap", "snap"]);
+    assert_eq!((code, out.contains("the same in both")), (0, true), "{out}");
+
+    let (code, _, error) = place.done(&["snapshot", "flatten", "next", "--output", "flat"]);
+    assert_eq!(code, 0, "{error}");
+    let (_, out, _) = place.done(&["snapshot", "inspect", "flat"]);
+    assert!(out.contains(&next.memory_digest) && !out.contains("parent"), "{out}");
+
+    fs::create_dir(place.path("away")).unwrap();
+    fs::rename(place.path("snap"), place.path("away/snap")).unwrap();
+    for command in ["verify", "restore"] {
+        let (code, _, error) = place.done(&["snapshot", command, "next"]);
+        assert_eq!((code, error.contains(&full.id)), (5, true), "{command}: {error}");
+    }
+    let (code, out, error) = place.done(&["snapshot", "verify", "next", "--parent", "away"]);
+    assert_eq!((code, out.contains(&next.id)), (0, true), "{error}");
+    let (_, out, _) = place.done(&["snapshot", "inspect", "next", "--parent", "away/snap"]);
+    assert!(out.contains(&full.id) && out.contains("patched"), "{out}");
+
+    let mut vm = place.vm(&["snapshot", "restore", "next", "--parent", "away"]);
+    vm.wait_lines(3);
+    vm.send(POWER_OFF);
+    let (status, after, messages) = vm.end();
+    assert_eq!(status.code(), Some(0), "{messages}");
+    assert_unbroken(&rounds(&(before + &after)));
+}
+
+#[test]
 fn a_damaged_snapshot_is_refused_with_the_file_and_the_chunk() {
     let place = Place::new();
     let vm = place.run(&["--name", "a"]);

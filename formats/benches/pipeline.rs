@@ -133,6 +133,7 @@ fn write(
         host: String::new(),
         created: 0,
         parent: None,
+        parent_hint: None,
         machine: MachineInfo {
             name: String::new(),
             memory_size: image.record.size,

@@ -1,6 +1,9 @@
 //! What can be wrong with a snapshot on disk, or with writing one.
 
-use std::{io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
 use crate::{digest::Digest, persist::PersistError};
 
@@ -106,17 +109,29 @@ pub enum FormatError {
         /// What is wrong.
         why: String,
     },
-    /// A chunk of a differential snapshot.
+    /// The snapshot that a difference needs is at none of the places where it could be.
     #[error(
-        "{file}: chunk {chunk} is a {kind} record; differential snapshots are not supported by this build"
+        "{}: needs its parent, the snapshot {id}, which is not there{}",
+        .path.display(),
+        Looked(.looked)
     )]
-    NotSupported {
-        /// The index file.
-        file: String,
-        /// Number of the chunk.
-        chunk: u64,
-        /// "patch" or "parent".
-        kind: &'static str,
+    MissingParent {
+        /// The snapshot that needs it.
+        path: PathBuf,
+        /// Id of the parent.
+        id: Digest,
+        /// The places that were looked at by name, and what is there instead.
+        looked: Vec<String>,
+    },
+    /// A chain of differences is longer than [`crate::chain::MAX_CHAIN`].
+    #[error(
+        "{}: more than {} snapshots in a chain; flatten one of them",
+        .path.display(),
+        crate::chain::MAX_CHAIN
+    )]
+    ChainTooLong {
+        /// The snapshot that is one too many.
+        path: PathBuf,
     },
     /// The machine needs a section that the snapshot does not have.
     #[error("state: section `{kind}` of instance `{instance}` is missing")]
@@ -166,16 +181,32 @@ impl FormatError {
             | Self::Length { file, .. }
             | Self::Digest { file, .. }
             | Self::Field { file, .. }
-            | Self::Chunk { file, .. }
-            | Self::NotSupported { file, .. } => Some(file),
+            | Self::Chunk { file, .. } => Some(file),
             Self::Name { name } => Some(name),
             Self::MissingSection { .. } | Self::UnknownSections { .. } => Some("state"),
             Self::Format { .. } | Self::Unlisted { .. } => Some("manifest"),
             Self::Exists { .. }
             | Self::NotASnapshot { .. }
+            | Self::MissingParent { .. }
+            | Self::ChainTooLong { .. }
             | Self::Cancelled
             | Self::Persist(_) => None,
         }
+    }
+
+    /// The error with the whole path of its file, which lies in the snapshot at `dir`, an absolute path.
+    pub(crate) fn within(mut self, dir: &Path) -> Self {
+        if let Self::Io { file, .. }
+        | Self::NoRoom { file, .. }
+        | Self::Length { file, .. }
+        | Self::Digest { file, .. }
+        | Self::Field { file, .. }
+        | Self::Chunk { file, .. } = &mut self
+        {
+            // A path that is absolute already stays as it is.
+            *file = dir.join(&*file).display().to_string();
+        }
+        self
     }
 
     pub(crate) fn field(
@@ -184,5 +215,13 @@ impl FormatError {
         why: impl Into<String>,
     ) -> Self {
         Self::Field { file: file.into(), field: field.into(), why: why.into() }
+    }
+}
+
+struct Looked<'a>(&'a [String]);
+
+impl fmt::Display for Looked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|place| write!(f, "; {place}"))
     }
 }

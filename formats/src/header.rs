@@ -22,8 +22,9 @@ pub const LEN: usize = 64;
 pub const MAGIC: [u8; 8] = *b"\x89SQUIB\r\n";
 /// Major format version that this build writes and reads.
 pub const MAJOR: u16 = 1;
-/// Minor format version that this build writes, and the newest that it reads.
-pub const MINOR: u16 = 0;
+/// Newest minor format version that this build reads. It writes the oldest that can say what it has to:
+/// 1.0 for a full snapshot, 1.1 for a difference to another.
+pub const MINOR: u16 = 1;
 /// `EM_AARCH64`, the only architecture so far.
 pub const ARCH_AARCH64: u16 = 183;
 /// Longest body, in bytes.
@@ -50,11 +51,11 @@ pub struct Header {
 }
 
 impl Header {
-    /// The header of `body` as this build writes it.
-    pub fn new(arch: u16, body: &[u8]) -> Self {
+    /// The header of `body`, which is of format 1.`minor`, as this build writes it.
+    pub fn new(arch: u16, minor: u16, body: &[u8]) -> Self {
         let mut header = Self {
             major: MAJOR,
-            minor: MINOR,
+            minor,
             arch,
             writer: own_version(),
             body_length: body.len() as u64,
@@ -188,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_header_reads_back_as_written() {
-        let header = Header::new(ARCH_AARCH64, b"body");
+        let header = Header::new(ARCH_AARCH64, 0, b"body");
         let bytes = header.encode();
         let back = Header::decode(&bytes).unwrap();
         assert_eq!(back, header);
@@ -199,7 +200,7 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_found() {
-        let bytes = Header::new(ARCH_AARCH64, b"body").encode();
+        let bytes = Header::new(ARCH_AARCH64, 0, b"body").encode();
         for bit in 0..LEN * 8 {
             let mut damaged = bytes;
             damaged[bit / 8] ^= 1 << (bit % 8);
@@ -213,17 +214,17 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_refused_with_its_version_and_writer() {
-        let mut header = Header::new(ARCH_AARCH64, b"");
+        let mut header = Header::new(ARCH_AARCH64, 0, b"");
         (header.major, header.minor, header.writer) = (MAJOR, MINOR + 1, [9, 8, 7]);
         let text = header.check_readable().unwrap_err().to_string();
-        assert!(text.contains("format 1.1") && text.contains("squib 9.8.7"), "{text}");
+        assert!(text.contains("format 1.2") && text.contains("squib 9.8.7"), "{text}");
         (header.major, header.minor) = (MAJOR + 1, 0);
         assert!(header.check_readable().is_err());
     }
 
     #[test]
     fn a_body_length_beyond_the_limit_is_refused_before_it_is_read() {
-        let mut header = Header::new(ARCH_AARCH64, b"");
+        let mut header = Header::new(ARCH_AARCH64, 0, b"");
         header.body_length = MAX_BODY + 1;
         let text = header.check_readable().unwrap_err().to_string();
         assert!(text.contains("body length"), "{text}");

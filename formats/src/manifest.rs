@@ -24,6 +24,8 @@ pub const STATE_FILE: &str = "state";
 pub const WORKING_SET_FILE: &str = "working-set";
 /// Name of the image of guest RAM.
 pub const MEMORY_IMAGE: &str = "memory";
+/// Longest hint at the parent's place, in bytes.
+pub const MAX_HINT: usize = 4096;
 /// Most sections, files, images and disks, each.
 pub const MAX_RECORDS: usize = 4096;
 
@@ -38,6 +40,10 @@ pub struct Manifest {
     pub created: u64,
     /// Id of the snapshot that this one is a difference to; `None` for a full snapshot.
     pub parent: Option<Digest>,
+    /// Where the parent was when this was written: a place to look at first, where only a snapshot of the
+    /// id `parent` counts. Not in format 1.0, which knows no parents.
+    #[serde(skip)]
+    pub parent_hint: Option<String>,
     /// The machine's configuration.
     pub machine: MachineInfo,
     /// What the guest was told about its CPU.
@@ -167,18 +173,40 @@ pub struct FileRecord {
 }
 
 impl Manifest {
-    /// The bytes of the body.
+    /// The minor format version that the body is written in: the oldest that has all that is in it.
+    pub fn minor(&self) -> u16 {
+        u16::from(self.parent.is_some())
+    }
+
+    /// The bytes of the body, in format 1.[`minor`](Self::minor).
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check()?;
-        Ok(codec::encode(FILE, self)?)
+        Ok(match self.minor() {
+            0 => codec::encode(FILE, self)?,
+            _ => codec::encode(FILE, &(self, &self.parent_hint))?,
+        })
     }
 
     /// Parses a body of format 1.`minor`, and checks it.
     pub fn decode(minor: u16, body: &[u8]) -> Result<Self, FormatError> {
         let manifest: Self = match minor {
             0 => codec::decode(FILE, minor, body)?,
+            1 => {
+                let (manifest, parent_hint) = codec::decode(FILE, minor, body)?;
+                Self { parent_hint, ..manifest }
+            }
             _ => return Err(field("minor format version", format!("{minor} is not known"))),
         };
+        if manifest.minor() != minor {
+            let why = format!(
+                "a snapshot of format 1.{minor} has {}",
+                match minor {
+                    0 => "none",
+                    _ => "one",
+                }
+            );
+            return Err(field("parent", why));
+        }
         manifest.check()?;
         Ok(manifest)
     }
@@ -199,6 +227,18 @@ impl Manifest {
                     format!("{len} records, at most {MAX_RECORDS} are allowed"),
                 ));
             }
+        }
+        match &self.parent_hint {
+            Some(_) if self.parent.is_none() => {
+                return Err(field("parent hint", "there is no parent"));
+            }
+            Some(hint) if hint.len() > MAX_HINT => {
+                return Err(field(
+                    "parent hint",
+                    format!("{} bytes, at most {MAX_HINT}", hint.len()),
+                ));
+            }
+            _ => {}
         }
         self.check_files()?;
         self.check_sections()?;
@@ -409,6 +449,7 @@ pub(crate) mod tests {
             host: "linux x86_64".into(),
             created: 1,
             parent: None,
+            parent_hint: None,
             machine: MachineInfo {
                 name: "vm".into(),
                 memory_size: 1 << 20,
@@ -488,6 +529,25 @@ pub(crate) mod tests {
         let json = serde_json::to_string(&manifest).unwrap();
         assert!(json.contains(r#""storage":"captured""#), "{json}");
         assert_eq!(serde_json::from_str::<Manifest>(&json).unwrap(), manifest);
+    }
+
+    #[test]
+    fn a_difference_is_of_format_1_1_and_keeps_the_place_of_its_parent() {
+        let mut manifest = sample();
+        manifest.parent = Some(Digest([1; 32]));
+        manifest.parent_hint = Some("/a/b".into());
+        assert_eq!(manifest.minor(), 1);
+        let body = manifest.encode().unwrap();
+        assert_eq!(Manifest::decode(1, &body).unwrap(), manifest);
+        assert!(Manifest::decode(0, &body).is_err());
+        let full = sample().encode().unwrap();
+        let text = Manifest::decode(1, &[&full[..], &[0]].concat()).unwrap_err().to_string();
+        assert!(text.contains("parent"), "{text}");
+        let old = codec::encode(FILE, &Manifest { parent_hint: None, ..manifest.clone() }).unwrap();
+        let text = Manifest::decode(0, &old).unwrap_err().to_string();
+        assert!(text.contains("parent"), "{text}");
+        manifest.parent_hint = Some("x".repeat(MAX_HINT + 1));
+        assert!(manifest.encode().unwrap_err().to_string().contains("parent hint"));
     }
 
     #[test]

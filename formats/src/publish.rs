@@ -148,7 +148,7 @@ impl Staging {
             let why = format!("{} bytes, at most {} are allowed", body.len(), header::MAX_BODY);
             return Err(FormatError::field(manifest::FILE, "body length", why));
         }
-        let header = Header::new(header::ARCH_AARCH64, &body).encode();
+        let header = Header::new(header::ARCH_AARCH64, manifest.minor(), &body).encode();
         let mut file = self.create(manifest::FILE)?;
         file.write(&header)?;
         file.write(&body)?;

@@ -29,10 +29,12 @@ pub struct Snapshot {
     header: Header,
     manifest: Manifest,
     id: Digest,
+    pub(crate) parent: Option<Box<Snapshot>>,
 }
 
 impl Snapshot {
-    /// Opens the directory at `path` and reads its manifest.
+    /// Opens the directory at `path` and reads its manifest. The images of a difference cannot be opened in
+    /// it: see [`open_chain`](Self::open_chain).
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let (dir, mut file) = open_manifest(path)?;
         let (header, bytes) = read_header(path, &mut file)?;
@@ -56,7 +58,7 @@ impl Snapshot {
         }
         let manifest = Manifest::decode(header.minor, &body)?;
         let id = header::snapshot_id(&bytes, &body);
-        Ok(Self { path: path.to_owned(), dir, header, manifest, id })
+        Ok(Self { path: path.to_owned(), dir, header, manifest, id, parent: None })
     }
 
     /// Reads only the header of the snapshot at `path`, whatever its version.
@@ -83,6 +85,11 @@ impl Snapshot {
     /// The snapshot's id: blake3 of the whole manifest, which commits to every other byte.
     pub fn id(&self) -> Digest {
         self.id
+    }
+
+    /// The snapshot that this one is a difference to, if it was looked for.
+    pub fn parent(&self) -> Option<&Snapshot> {
+        self.parent.as_deref()
     }
 
     /// Opens a file that the manifest lists, and checks its length. Symbolic links are not followed.

@@ -1,6 +1,10 @@
 //! Checking every byte of a snapshot.
 
-use std::{fmt, io::Read, path::Path};
+use std::{
+    fmt,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     digest::Digest,
@@ -38,9 +42,10 @@ impl fmt::Display for Damage {
 impl std::error::Error for Damage {}
 
 /// Checks the snapshot at `path` whole: header, manifest, every file's digest, every section, every
-/// index record and every chunk.
-pub fn verify(path: &Path, control: Control<'_>) -> Result<Verified, Damage> {
-    let snapshot = Snapshot::open(path).map_err(|error| Damage(vec![error]))?;
+/// index record and every chunk. Of the snapshots that a difference builds on, which are looked for in
+/// `parents` and where [`Snapshot::open_chain`] says, everything that it needs is checked.
+pub fn verify(path: &Path, parents: &[PathBuf], control: Control<'_>) -> Result<Verified, Damage> {
+    let snapshot = Snapshot::open_chain(path, parents).map_err(|error| Damage(vec![error]))?;
     let mut damage = Vec::new();
     let mut images = Vec::new();
     if let Err(error) = Sections::read(&snapshot) {

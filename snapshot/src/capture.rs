@@ -8,13 +8,18 @@ use std::{
 
 use squib_devices::memory::GuestRam;
 use squib_formats::{
+    chain::MAX_CHAIN,
     digest::Digest,
     error::FormatError,
-    image::{FileSource, Source, WrittenImage, digest_source, write_image},
-    manifest::{DiskRecord, DiskStorage, MEMORY_IMAGE, Manifest},
+    image::{
+        Control, FileSource, ImageReader, Source, WrittenImage, digest_source, write_diff,
+        write_image,
+    },
+    manifest::{DiskRecord, DiskStorage, MAX_HINT, MEMORY_IMAGE, Manifest},
     persist::Section,
     publish::{Durability, Existing, Staging},
     sections::write_sections,
+    snapshot_dir::Snapshot,
 };
 use squib_vmm::{
     config::{DiskConfig, MachineConfig},
@@ -138,6 +143,8 @@ pub struct CaptureOptions<'a> {
     pub after: After,
     /// Disks by id; those not named are captured if the guest can write to them, else referenced.
     pub disks: BTreeMap<String, DiskMode>,
+    /// Make it a difference to this snapshot, which must stay for as long as the new one is wanted.
+    pub parent: Option<PathBuf>,
     /// Most bytes that the snapshot may take; more is answered as a full disk is.
     pub limit: Option<u64>,
     /// How it runs.
@@ -153,6 +160,7 @@ impl Default for CaptureOptions<'_> {
             pause_deadline: Duration::from_secs(2),
             after: After::GoOn,
             disks: BTreeMap::new(),
+            parent: None,
             limit: None,
             run: Run::default(),
         }
@@ -207,6 +215,12 @@ pub enum CaptureError {
     /// A disk cannot be read.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The snapshot would replace one that it builds on.
+    #[error("{}: the new snapshot would build on it, so it is not replaced", .path.display())]
+    ReplacesParent {
+        /// The one that would be lost.
+        path: PathBuf,
+    },
     /// The options name a disk that the machine does not have.
     #[error("the machine has no disk `{id}`")]
     NoSuchDisk {
@@ -229,6 +243,8 @@ pub fn capture(
         return Err(CaptureError::NoSuchDisk { id: id.clone() });
     }
     // Everything that can fail without the guest's help fails before it is paused.
+    let parent = options.parent.as_deref().map(|path| Parent::open(path, output)).transpose()?;
+    let parent = parent.as_ref();
     let mut staging = Staging::new(output, options.existing)?;
     staging.durability(options.durability);
     if let Some(limit) = options.limit {
@@ -253,14 +269,14 @@ pub fn capture(
 
     let started = Instant::now();
     let memory = run.phase(Phase::Memory, |control| {
-        write_image(&mut staging, MEMORY_IMAGE, &RamSource::new(guest.ram()), control)
+        write(&mut staging, MEMORY_IMAGE, &RamSource::new(guest.ram()), parent, control)
     })?;
     timings.memory = started.elapsed();
 
     let started = Instant::now();
     let (mut images, mut captured) = (vec![memory.record.clone()], Vec::new());
     for disk in disks.iter_mut().filter(|disk| !disk.reads_later()) {
-        if let Some(image) = disk.take(&mut staging, run)? {
+        if let Some(image) = disk.take(&mut staging, parent, run)? {
             images.push(image.record.clone());
             captured.push((disk.config.id.clone(), image));
         }
@@ -274,7 +290,7 @@ pub fn capture(
     };
     let started = Instant::now();
     for disk in disks.iter_mut().filter(|disk| disk.reads_later()) {
-        disk.take(&mut staging, run)?;
+        disk.take(&mut staging, parent, run)?;
     }
     timings.disks += started.elapsed();
 
@@ -283,7 +299,8 @@ pub fn capture(
         writer: concat!("squib ", env!("CARGO_PKG_VERSION")).to_owned(),
         host: host(),
         created,
-        parent: None,
+        parent: parent.map(|parent| parent.snapshot.id()),
+        parent_hint: parent.and_then(Parent::hint),
         machine: config::to_manifest(config, records(disks)),
         cpu: config::identity(guest.cpu_identity()),
         images,
@@ -299,6 +316,54 @@ pub fn capture(
     timings.downtime = downtime;
     timings.total = start.elapsed();
     Ok(Captured { id, path: output.to_owned(), memory, disks: captured, stored, timings })
+}
+
+/// The snapshot that the new one is a difference to, all its images open.
+struct Parent {
+    snapshot: Snapshot,
+    images: Vec<ImageReader>,
+}
+
+impl Parent {
+    /// Opens the snapshot at `path`, on which one at `output` will build.
+    fn open(path: &Path, output: &Path) -> Result<Self, CaptureError> {
+        let path = std::fs::canonicalize(path)
+            .map_err(|error| FormatError::io(path.display().to_string(), "open", error))?;
+        let snapshot = Snapshot::open_chain(&path, &[])?;
+        if snapshot.chain().count() >= MAX_CHAIN {
+            return Err(FormatError::ChainTooLong { path: output.to_owned() }.into());
+        }
+        if let Ok(output) = std::fs::canonicalize(output)
+            && let Some(link) = snapshot.chain().find(|link| link.path() == output)
+        {
+            return Err(CaptureError::ReplacesParent { path: link.path().to_owned() });
+        }
+        let records = snapshot.manifest().images.iter();
+        let images = records.map(|record| ImageReader::open(&snapshot, &record.name));
+        let images = images.collect::<Result<_, _>>()?;
+        Ok(Self { snapshot, images })
+    }
+
+    /// Where it is, if that can be written down.
+    fn hint(&self) -> Option<String> {
+        let hint = self.snapshot.path().to_str()?;
+        (hint.len() <= MAX_HINT).then(|| hint.to_owned())
+    }
+}
+
+/// Writes an image, as a difference if the parent has one of that name.
+fn write(
+    staging: &mut Staging,
+    name: &str,
+    source: &dyn Source,
+    parent: Option<&Parent>,
+    control: Control<'_>,
+) -> Result<WrittenImage, FormatError> {
+    let base = parent.and_then(|parent| parent.images.iter().find(|i| i.record().name == name));
+    match base {
+        Some(base) => write_diff(staging, name, source, base, control),
+        None => write_image(staging, name, source, control),
+    }
 }
 
 /// A guest at rest, which goes on when this is dropped if it was running before.
@@ -391,12 +456,13 @@ impl<'a> Disk<'a> {
     fn take(
         &mut self,
         staging: &mut Staging,
+        parent: Option<&Parent>,
         run: &Run<'_>,
     ) -> Result<Option<WrittenImage>, FormatError> {
         run.phase(Phase::Disk(self.config.id.clone()), |control| match self.mode {
             DiskMode::Capture => {
                 let name = format!("disk-{}", self.config.id);
-                let image = write_image(staging, &name, &self.source, control)?;
+                let image = write(staging, &name, &self.source, parent, control)?;
                 self.digest = image.record.digest;
                 Ok(Some(image))
             }

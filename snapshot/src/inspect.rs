@@ -27,12 +27,26 @@ pub struct Inspection {
     pub arch: String,
     /// Version of the squib that wrote it, "0.3.0".
     pub writer_version: String,
+    /// Where the parent was when the snapshot was written.
+    pub parent_hint: Option<String>,
+    /// The snapshots that it builds on, its parent first; `None` if they were not all found, or it is no
+    /// difference.
+    pub chain: Option<Vec<Link>>,
     /// Bytes of all files, the manifest included.
     pub stored: u64,
     /// What each image is made of.
     pub images: Vec<ImageInspection>,
     /// Everything that the manifest says.
     pub manifest: Manifest,
+}
+
+/// A snapshot that another builds on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Link {
+    /// Its id.
+    pub id: Digest,
+    /// Where it lies.
+    pub path: PathBuf,
 }
 
 /// What an image is made of.
@@ -47,31 +61,46 @@ pub struct ImageInspection {
     pub zero_chunks: u64,
     /// Chunks that are equal to an earlier one and not zero.
     pub duplicate_chunks: u64,
+    /// Chunks that are the parent's.
+    pub parent_chunks: u64,
+    /// Chunks of which only the pages that differ from the parent's are stored.
+    pub patch_chunks: u64,
     /// Bytes of the frames.
     pub stored: u64,
 }
 
-/// Reads header, manifest and indexes of the snapshot at `path`, and checks these.
-pub fn inspect(path: &Path) -> Result<Inspection, FormatError> {
+/// Reads header, manifest and indexes of the snapshot at `path`, and checks these. The snapshots that a
+/// difference builds on, which may be in `parents`, are looked for but not needed.
+pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatError> {
     let snapshot = Snapshot::open(path)?;
+    let chain = snapshot.manifest().parent.and_then(|_| {
+        let whole = Snapshot::open_chain(path, parents).ok()?;
+        let link = |link: &Snapshot| Link { id: link.id(), path: link.path().to_owned() };
+        Some(whole.chain().skip(1).map(link).collect())
+    });
     let manifest = snapshot.manifest();
     let mut images = Vec::new();
     for record in &manifest.images {
-        let image = ImageReader::open(&snapshot, &record.name)?;
+        let index = ImageReader::open_index(&snapshot, &record.name)?;
         let mut frames = HashSet::new();
         let (mut zero_chunks, mut duplicate_chunks) = (0, 0);
-        for chunk in image.index().records() {
+        let (mut parent_chunks, mut patch_chunks) = (0, 0);
+        for chunk in index.records() {
             match chunk {
                 Record::Zero => zero_chunks += 1,
                 Record::Data { offset, .. } if !frames.insert(*offset) => duplicate_chunks += 1,
                 Record::Data { .. } => {}
+                Record::Patch { .. } => patch_chunks += 1,
+                Record::Parent { .. } => parent_chunks += 1,
             }
         }
         images.push(ImageInspection {
             record: record.clone(),
-            chunks: image.index().records().len() as u64,
+            chunks: index.records().len() as u64,
             zero_chunks,
             duplicate_chunks,
+            parent_chunks,
+            patch_chunks,
             stored: manifest.file(&record.data_file())?.length,
         });
     }
@@ -85,6 +114,8 @@ pub fn inspect(path: &Path) -> Result<Inspection, FormatError> {
         format: format!("{}.{}", header.major, header.minor),
         arch: header.arch_text(),
         writer_version: header.writer_text(),
+        parent_hint: manifest.parent_hint.clone(),
+        chain,
         stored,
         images,
         manifest: manifest.clone(),

@@ -3,14 +3,17 @@
 //! [`capture`](capture::capture) brings a machine to rest, writes its state, its memory and its disks into
 //! a snapshot, and lets it go on. [`restore`](restore::restore) makes a machine from a snapshot, after
 //! everything that is cheap to check has been checked. [`verify`](verify::verify) checks every byte of one
-//! and [`inspect`](inspect::inspect) says what it is of.
+//! and [`inspect`](inspect::inspect) says what it is of. [`flatten`](flatten::flatten) makes a full snapshot of
+//! a difference, and [`diff`](diff::diff) compares two.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 pub mod capture;
 pub mod compat;
 mod config;
+pub mod diff;
 mod disks;
+pub mod flatten;
 pub mod inspect;
 mod memory;
 pub mod observe;

@@ -44,6 +44,8 @@ pub struct RestoreOptions<'a> {
     pub disk_places: BTreeMap<String, PathBuf>,
     /// What to do with a disk outside the snapshot that has changed.
     pub changed_disks: ChangedDisks,
+    /// Where else to look for the snapshots that a difference builds on: snapshots, or directories of them.
+    pub parents: Vec<PathBuf>,
     /// Identity and time of the machine.
     pub machine: machine::RestoreOptions,
     /// How it runs.
@@ -205,7 +207,7 @@ struct Opened {
 impl Opened {
     fn new(path: &Path, options: &RestoreOptions<'_>) -> Result<Self, RestoreError> {
         options.run.observer.begin(&Phase::Open);
-        let snapshot = Snapshot::open(path)?;
+        let snapshot = Snapshot::open_chain(path, &options.parents)?;
         let manifest = snapshot.manifest();
         let mut config = config::from_manifest(&manifest.machine)?;
         if let Some(name) = &options.name {

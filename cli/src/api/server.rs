@@ -159,8 +159,16 @@ async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
 }
 
 fn check(params: SnapshotCreateParams) -> Result<SnapshotCreateParams, Fault> {
-    if params.snapshot_type == Some(SnapshotType::Diff) {
-        return Err(Fault("snapshot_type: only Full snapshots are built so far".into()));
+    match (params.snapshot_type, &params.parent_path) {
+        (Some(SnapshotType::Diff), None) => {
+            let why = "parent_path: a Diff needs the snapshot that it is a difference to";
+            return Err(Fault(why.into()));
+        }
+        (None | Some(SnapshotType::Full), Some(_)) => {
+            let why = "parent_path: only a snapshot_type of Diff has a parent";
+            return Err(Fault(why.into()));
+        }
+        _ => {}
     }
     let own = params.snapshot_path.join("memory.zst");
     if let Some(path) = params.mem_file_path.as_ref().filter(|path| **path != own) {

@@ -59,9 +59,13 @@ pub struct SnapshotCreateParams {
     /// See above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_file_path: Option<PathBuf>,
-    /// `Full` (default). `Diff` is refused.
+    /// `Full` (default), or `Diff`, which needs `parent_path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_type: Option<SnapshotType>,
+    /// squib: the snapshot that a `Diff` builds on; it has to stay. Relative paths are relative to the VM's
+    /// process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_path: Option<PathBuf>,
     /// squib: replace a snapshot that is there.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub force: bool,
@@ -78,7 +82,7 @@ pub struct SnapshotCreateParams {
 pub enum SnapshotType {
     /// All of memory.
     Full,
-    /// What changed since the last one.
+    /// What differs from `parent_path`.
     Diff,
 }
 

@@ -225,6 +225,7 @@ fn create(path: &Path, stop: bool) -> SnapshotCreateParams {
         snapshot_path: path.to_owned(),
         mem_file_path: None,
         snapshot_type: None,
+        parent_path: None,
         force: false,
         stop,
         durability: None,

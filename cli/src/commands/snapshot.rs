@@ -1,6 +1,8 @@
 //! `squib snapshot`.
 
 mod create;
+mod diff;
+mod flatten;
 mod inspect;
 mod restore;
 mod verify;
@@ -18,5 +20,7 @@ pub(crate) fn snapshot(command: SnapshotCommand, started: Instant) -> Result<Cod
         SnapshotCommand::Restore(args) => restore::restore(&args, started),
         SnapshotCommand::Inspect(args) => inspect::inspect(&args),
         SnapshotCommand::Verify(args) => verify::verify(&args),
+        SnapshotCommand::Flatten(args) => flatten::flatten(&args),
+        SnapshotCommand::Diff(args) => diff::diff(&args),
     }
 }

@@ -8,7 +8,7 @@
 //! | 8 | 8 | offset of the frame in the data file |
 //! | 16 | 32 | blake3 of the raw chunk |
 
-use super::{Layout, digest::ImageHasher, zero_digest};
+use super::{Layout, bitmap_len, digest::ImageHasher, zero_digest};
 use crate::{digest::Digest, error::FormatError, manifest::ImageRecord};
 
 /// Length of a record in bytes.
@@ -33,6 +33,21 @@ pub enum Record {
         /// blake3 of the raw chunk.
         digest: Digest,
     },
+    /// The chunk is the parent's, with some pages replaced: a bitmap of these pages, and behind it the zstd
+    /// frame of their bytes, lie at `offset` of the data file.
+    Patch {
+        /// Offset of the bitmap in bytes.
+        offset: u64,
+        /// Length of bitmap and frame in bytes.
+        length: u32,
+        /// blake3 of the raw chunk.
+        digest: Digest,
+    },
+    /// The chunk is the parent's chunk of the same number.
+    Parent {
+        /// blake3 of the raw chunk.
+        digest: Digest,
+    },
 }
 
 impl Record {
@@ -41,6 +56,8 @@ impl Record {
         let (kind, length, offset, digest) = match self {
             Self::Zero => (ZERO, 0, 0, zero),
             Self::Data { offset, length, digest } => (DATA, *length, *offset, *digest),
+            Self::Patch { offset, length, digest } => (PATCH, *length, *offset, *digest),
+            Self::Parent { digest } => (PARENT, 0, 0, *digest),
         };
         let mut bytes = [0; RECORD_LEN];
         bytes[0] = kind;
@@ -48,6 +65,16 @@ impl Record {
         bytes[8..16].copy_from_slice(&u64::to_le_bytes(offset));
         bytes[16..48].copy_from_slice(&digest.0);
         bytes
+    }
+
+    /// Offset and length of what the data file has of the chunk.
+    pub fn stored(&self) -> Option<(u64, u32)> {
+        match *self {
+            Self::Data { offset, length, .. } | Self::Patch { offset, length, .. } => {
+                Some((offset, length))
+            }
+            Self::Zero | Self::Parent { .. } => None,
+        }
     }
 }
 
@@ -77,10 +104,21 @@ impl Index {
 
     /// blake3 of the raw chunk, for every chunk in order.
     pub fn digests(&self) -> impl Iterator<Item = Digest> + '_ {
-        self.records.iter().map(|record| match record {
+        self.records.iter().map(|record| self.digest_of(record))
+    }
+
+    /// blake3 of the raw chunk of that number, which is less than the number of records.
+    pub fn digest(&self, chunk: u64) -> Digest {
+        self.digest_of(&self.records[chunk as usize])
+    }
+
+    fn digest_of(&self, record: &Record) -> Digest {
+        match record {
             Record::Zero => self.zero,
-            Record::Data { digest, .. } => *digest,
-        })
+            Record::Data { digest, .. }
+            | Record::Patch { digest, .. }
+            | Record::Parent { digest } => *digest,
+        }
     }
 
     pub(super) fn layout(&self) -> Layout {
@@ -93,6 +131,7 @@ pub(super) struct Parser<'a> {
     image: &'a ImageRecord,
     layout: Layout,
     data_length: u64,
+    is_diff: bool,
     zero: Digest,
     longest_frame: u32,
     hasher: ImageHasher,
@@ -100,13 +139,15 @@ pub(super) struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    /// For the index of `image`, whose data file is `data_length` bytes long.
-    pub(super) fn new(image: &'a ImageRecord, data_length: u64) -> Self {
+    /// For the index of `image`, whose data file is `data_length` bytes long, in a snapshot that is a
+    /// difference to another or not.
+    pub(super) fn new(image: &'a ImageRecord, data_length: u64, is_diff: bool) -> Self {
         let layout = Layout { size: image.size, chunk_size: image.chunk_size };
         Self {
             image,
             layout,
             data_length,
+            is_diff,
             zero: zero_digest(image.chunk_size),
             longest_frame: zstd::zstd_safe::compress_bound(image.chunk_size as usize) as u32,
             hasher: ImageHasher::new(),
@@ -156,6 +197,7 @@ impl<'a> Parser<'a> {
         let wrong = |what: &str, why: String| {
             Err(FormatError::field(self.image.index_file(), format!("chunk {chunk}: {what}"), why))
         };
+        let bitmap = bitmap_len(self.layout.chunk_size) as u32;
         if pad != [0; 3] {
             return wrong("reserved bytes", format!("{pad:?} instead of zeros"));
         }
@@ -167,22 +209,31 @@ impl<'a> Parser<'a> {
                 return wrong("digest", format!("{digest}, a zero chunk has {}", self.zero));
             }
             ZERO => Record::Zero,
+            PATCH | PARENT if !self.is_diff => {
+                let name = if kind == PATCH { "patch" } else { "parent" };
+                return wrong("kind", format!("a {name} record in a snapshot without a parent"));
+            }
+            PARENT if (offset, length) != (0, 0) => {
+                return wrong("frame", format!("{length} bytes at {offset} for a parent record"));
+            }
+            PARENT => Record::Parent { digest },
             DATA if length == 0 || length > self.longest_frame => {
                 let limit = self.longest_frame;
                 return wrong("frame length", format!("{length}, it must be 1 to {limit}"));
             }
-            DATA if offset.checked_add(length.into()).is_none_or(|end| end > self.data_length) => {
+            PATCH if length <= bitmap || length > bitmap + self.longest_frame => {
+                let limit = bitmap + self.longest_frame;
+                let why = format!("{length}, it must be {} to {limit}", bitmap + 1);
+                return wrong("patch length", why);
+            }
+            DATA | PATCH
+                if offset.checked_add(length.into()).is_none_or(|end| end > self.data_length) =>
+            {
                 let (file, end) = (self.image.data_file(), self.data_length);
                 return wrong("frame", format!("{length} bytes at {offset}, {file} has {end}"));
             }
             DATA => Record::Data { offset, length, digest },
-            PATCH | PARENT => {
-                return Err(FormatError::NotSupported {
-                    file: self.image.index_file(),
-                    chunk,
-                    kind: if kind == PATCH { "patch" } else { "parent" },
-                });
-            }
+            PATCH => Record::Patch { offset, length, digest },
             other => return wrong("kind", format!("{other} is not known")),
         };
         self.hasher.chunk(digest);
@@ -200,9 +251,12 @@ mod tests {
         ImageRecord { name: "memory".into(), size: 3 << 16, chunk_size: 1 << 16, digest }
     }
 
-    fn first_record(change: impl Fn(&mut [u8; RECORD_LEN])) -> Result<(), FormatError> {
+    fn first_record(
+        is_diff: bool,
+        change: impl Fn(&mut [u8; RECORD_LEN]),
+    ) -> Result<(), FormatError> {
         let image = image();
-        let mut parser = Parser::new(&image, 1000);
+        let mut parser = Parser::new(&image, 1000, is_diff);
         let data = Record::Data { offset: 100, length: 900, digest: Digest::of(b"x") };
         let mut bytes = data.encode(parser.zero);
         change(&mut bytes);
@@ -214,8 +268,8 @@ mod tests {
         type Change = fn(&mut [u8; RECORD_LEN]);
         let cases: &[(&str, Change)] = &[
             ("chunk 0: kind: 4 is not known", |r| r[0] = 4),
-            ("chunk 0 is a patch record", |r| r[0] = 2),
-            ("chunk 0 is a parent record", |r| r[0] = 3),
+            ("chunk 0: kind: a patch record in a snapshot without", |r| r[0] = 2),
+            ("chunk 0: kind: a parent record in a snapshot without", |r| r[0] = 3),
             ("chunk 0: frame: 900 bytes at 100 for a zero chunk", |r| r[0] = 0),
             ("chunk 0: reserved bytes", |r| r[3] = 1),
             ("chunk 0: frame length: 0", |r| r[4..8].fill(0)),
@@ -225,21 +279,31 @@ mod tests {
             ("a zero chunk has", |r| r[..16].fill(0)),
         ];
         for (expected, change) in cases {
-            let text = first_record(change).expect_err(expected).to_string();
+            let text = first_record(false, change).expect_err(expected).to_string();
             assert!(text.starts_with("memory.idx"), "{text}");
             assert!(text.contains(expected), "expected `{expected}` in `{text}`");
         }
-        first_record(|_| ()).unwrap();
+        first_record(false, |_| ()).unwrap();
+        let cases: &[(&str, Change)] = &[
+            ("900 bytes at 100 for a parent record", |r| r[0] = 3),
+            ("patch length: 2", |r| (r[0], r[4], r[5]) = (2, 2, 0)),
+            ("memory.zst has 1000", |r| (r[0], r[8]) = (2, 101)),
+        ];
+        for (expected, change) in cases {
+            let text = first_record(true, change).expect_err(expected).to_string();
+            assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+        }
+        first_record(true, |r| r[0] = 2).unwrap();
     }
 
     #[test]
     fn records_that_do_not_make_up_the_image_digest_are_refused() {
         let image = image();
-        let mut parser = Parser::new(&image, 1000);
+        let mut parser = Parser::new(&image, 1000, false);
         let zero = Record::Zero.encode(parser.zero);
         parser.records(&[zero, zero].concat()).unwrap();
         assert!(matches!(parser.finish(), Err(FormatError::Length { found: 96, .. })));
-        let mut parser = Parser::new(&image, 1000);
+        let mut parser = Parser::new(&image, 1000, false);
         parser.records(&[zero, zero, zero].concat()).unwrap();
         assert!(matches!(parser.finish(), Err(FormatError::Digest { .. })));
     }

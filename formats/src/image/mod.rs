@@ -4,6 +4,9 @@
 //! continued with zeros. The index holds one fixed-size record a chunk, the data file one independent
 //! zstd frame for each different chunk that is not all zeros, in the order of their first use.
 //!
+//! In a difference to a parent snapshot, a chunk that is the parent's chunk of the same number is a *parent*
+//! record without bytes, and one that shares pages with it may be a *patch*: the changed pages only.
+//!
 //! The *image digest* is the blake3 of the blake3 of every chunk in order, followed by the raw size and
 //! the chunk size as u64. It depends on the raw bytes and the chunk size only.
 
@@ -22,8 +25,8 @@ use std::{
 pub use digest::{ImageDigest, digest_file, digest_reader, digest_source};
 pub use index::{Index, RECORD_LEN, Record};
 pub use read::{ChunkReader, ImageReader, Loaded};
-pub use source::FileSource;
-pub use write::{WrittenImage, write_image};
+pub use source::{FileSource, ImageSource};
+pub use write::{WrittenImage, write_diff, write_image};
 
 use crate::{digest::Digest, error::FormatError};
 
@@ -35,6 +38,8 @@ pub const MIN_CHUNK_SIZE: u32 = 16 << 10;
 pub const MAX_CHUNK_SIZE: u32 = 4 << 20;
 /// Largest raw image, in bytes.
 pub const MAX_SIZE: u64 = 16 << 40;
+/// Granularity of a patch in bytes: the guest's smallest page.
+pub const PAGE_SIZE: usize = 4096;
 /// The zstd level of the frames.
 pub const LEVEL: i32 = 1;
 
@@ -124,6 +129,11 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, rest) = bytes.as_chunks::<256>();
     blocks.iter().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
         && rest.iter().all(|byte| *byte == 0)
+}
+
+/// Bytes of a patch's bitmap: one bit a page.
+fn bitmap_len(chunk_size: u32) -> usize {
+    (chunk_size as usize / PAGE_SIZE).div_ceil(8)
 }
 
 /// The digest of a chunk of `chunk_size` zeros.

@@ -3,7 +3,9 @@
 use std::{
     fs::File,
     io::Read,
+    ops::Range,
     os::unix::fs::FileExt,
+    path::PathBuf,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -13,7 +15,7 @@ use std::{
 use zstd::{bulk::Decompressor, zstd_safe};
 
 use super::{
-    BATCH, Control, RECORD_LEN, Record, Sink,
+    BATCH, Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
     index::{Index, Parser},
     is_zero,
 };
@@ -30,6 +32,15 @@ pub struct ImageReader {
     record: ImageRecord,
     index: Index,
     data: File,
+    base: Option<Box<Base>>,
+}
+
+/// The parent's image that a difference builds on.
+#[derive(Debug)]
+struct Base {
+    image: ImageReader,
+    /// Where the parent lies, for errors.
+    dir: PathBuf,
 }
 
 /// What [`ImageReader::load`] did.
@@ -45,13 +56,58 @@ pub struct Loaded {
 
 impl ImageReader {
     /// Opens the image called `name` and checks its index: the file's digest, every record, and that
-    /// the records make up the image digest. No chunk has been looked at yet.
+    /// the records make up the image digest; and likewise the parent's image where the index needs it,
+    /// which only a snapshot from [`Snapshot::open_chain`] has. No chunk has been looked at yet.
     pub fn open(snapshot: &Snapshot, name: &str) -> Result<Self, FormatError> {
+        let mut image = Self::open_own(snapshot, name)?;
+        let needs_base =
+            |record: &Record| matches!(record, Record::Patch { .. } | Record::Parent { .. });
+        if let Some(id) = snapshot.manifest().parent
+            && image.index.records().iter().any(needs_base)
+        {
+            let parent = snapshot.parent().ok_or_else(|| FormatError::MissingParent {
+                path: snapshot.path().to_owned(),
+                id,
+                looked: Vec::new(),
+            })?;
+            let base = Self::open(parent, name).map_err(|error| error.within(parent.path()))?;
+            image.check_base(&base)?;
+            image.base = Some(Box::new(Base { image: base, dir: parent.path().to_owned() }));
+        }
+        Ok(image)
+    }
+
+    /// The checked index of the image called `name`. The parent of a difference is not needed for it.
+    pub fn open_index(snapshot: &Snapshot, name: &str) -> Result<Index, FormatError> {
+        Ok(Self::open_own(snapshot, name)?.index)
+    }
+
+    /// Whether the parent's image is the one that the index was made against.
+    fn check_base(&self, base: &Self) -> Result<(), FormatError> {
+        let file = || self.record.index_file();
+        let cut = |image: &Self| (image.record.size, image.record.chunk_size);
+        if cut(self) != cut(base) {
+            let why = format!("size and chunk size {:?}, this has {:?}", cut(base), cut(self));
+            return Err(FormatError::field(file(), "the parent's image", why));
+        }
+        for (chunk, record) in (0..).zip(self.index.records()) {
+            if let Record::Parent { digest } = record
+                && base.index.digest(chunk) != *digest
+            {
+                let why = format!("{digest}, the parent has {}", base.index.digest(chunk));
+                return Err(FormatError::field(file(), format!("chunk {chunk}: digest"), why));
+            }
+        }
+        Ok(())
+    }
+
+    fn open_own(snapshot: &Snapshot, name: &str) -> Result<Self, FormatError> {
         let record = snapshot.manifest().image(name)?.clone();
         let (data, data_file) = snapshot.open_file(&record.data_file())?;
         let (mut file, index_file) = snapshot.open_file(&record.index_file())?;
         let io = |error| FormatError::io(&index_file.name, "read", error);
-        let mut parser = Parser::new(&record, data_file.length);
+        let mut parser =
+            Parser::new(&record, data_file.length, snapshot.manifest().parent.is_some());
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; INDEX_STEP];
         let mut left = index_file.length;
@@ -69,7 +125,7 @@ impl ImageReader {
             left -= step.len() as u64;
         }
         index_file.check(hasher.finalize().into())?;
-        Ok(Self { index: parser.finish()?, record: record.clone(), data })
+        Ok(Self { index: parser.finish()?, record: record.clone(), data, base: None })
     }
 
     /// The checked index.
@@ -91,9 +147,12 @@ impl ImageReader {
             image: self,
             ahead,
             decompressor,
-            raw: vec![0; self.record.chunk_size as usize],
+            raw: Vec::new(),
+            pages: Vec::new(),
             frames: Vec::new(),
             frames_at: 0,
+            stored: 0,
+            base: None,
         })
     }
 
@@ -137,38 +196,40 @@ pub struct ChunkReader<'a> {
     ahead: u64,
     decompressor: Decompressor<'static>,
     raw: Vec<u8>,
+    /// The pages of a patch.
+    pages: Vec<u8>,
     /// Frames read ahead, and the offset of the first in the data file.
     frames: Vec<u8>,
     frames_at: u64,
+    /// Bytes of the frames decompressed so far.
+    stored: u64,
+    /// The reader of the parent's image, once a chunk has needed it.
+    base: Option<Box<ChunkReader<'a>>>,
 }
 
 impl ChunkReader<'_> {
     /// The raw, verified bytes of `chunk`, which is less than the index's number of records; `None`
     /// if all are zero. The last chunk ends where the image ends.
     pub fn read(&mut self, chunk: u64) -> Result<Option<&[u8]>, FormatError> {
-        let Record::Data { offset, length, digest } = self.image.index.records()[chunk as usize]
-        else {
-            return Ok(None);
+        let record = self.image.index.records()[chunk as usize];
+        let digest = match record {
+            Record::Zero => return Ok(None),
+            Record::Parent { .. } => return self.read_base(chunk),
+            Record::Data { digest, .. } | Record::Patch { digest, .. } => digest,
         };
+        let (offset, length) = record.stored().unwrap_or_default();
         self.fill(chunk, offset, length.into())?;
         let start = (offset - self.frames_at) as usize;
-        let frame = &self.frames[start..start + length as usize];
-        let wrong = |why: String| {
-            Err(FormatError::Chunk { file: self.image.record.data_file(), chunk, why })
-        };
-        let end = zstd_safe::find_frame_compressed_size(frame);
-        if end != Ok(frame.len()) {
-            // What is damaged inside shows below; a second frame behind the first shows only here.
-            if let Ok(end) = end {
-                return wrong(format!("the frame ends after {end} of {length} bytes"));
+        let stored = start..start + length as usize;
+        self.stored += u64::from(length);
+        match record {
+            Record::Patch { .. } => self.patch(chunk, stored)?,
+            _ => {
+                self.raw.resize(self.image.record.chunk_size as usize, 0);
+                let frame = &self.frames[stored];
+                let done = decompress(&mut self.decompressor, frame, &mut self.raw);
+                done.map_err(|why| self.image.chunk_error(chunk, why))?;
             }
-        }
-        match self.decompressor.decompress_to_buffer(frame, &mut self.raw[..]) {
-            Ok(len) if len == self.raw.len() => {}
-            Ok(len) => {
-                return wrong(format!("{len} bytes decompressed, expected {}", self.raw.len()));
-            }
-            Err(error) => return wrong(format!("does not decompress to the chunk size: {error}")),
         }
         let found = Digest::of(&self.raw);
         if found != digest {
@@ -182,8 +243,60 @@ impl ChunkReader<'_> {
         let (bytes, behind) = self.raw.split_at(self.image.index.layout().len(chunk));
         match is_zero(behind) {
             true => Ok(Some(bytes)),
-            false => wrong("bytes behind the end of the image are not zero".to_owned()),
+            false => {
+                let why = "bytes behind the end of the image are not zero".to_owned();
+                Err(self.image.chunk_error(chunk, why))
+            }
         }
+    }
+
+    /// Bytes of frames that were decompressed since the last call, the parents' included.
+    fn take_stored(&mut self) -> u64 {
+        let base = self.base.as_mut().map_or(0, |base| base.take_stored());
+        std::mem::take(&mut self.stored).saturating_add(base)
+    }
+
+    /// The parent's chunk, verified by the parent's own digest.
+    fn read_base(&mut self, chunk: u64) -> Result<Option<&[u8]>, FormatError> {
+        let Some(base) = &self.image.base else {
+            // An image with such records is not opened without its base.
+            return Err(self.image.chunk_error(chunk, "there is no parent".to_owned()));
+        };
+        let reader = match &mut self.base {
+            Some(reader) => reader,
+            none => none.insert(Box::new(base.image.chunks(self.ahead)?)),
+        };
+        reader.read(chunk).map_err(|error| error.within(&base.dir))
+    }
+
+    /// Puts the parent's chunk with the pages of the patch at `stored` of `frames` into `raw`.
+    fn patch(&mut self, chunk: u64, stored: Range<usize>) -> Result<(), FormatError> {
+        let chunk_size = self.image.record.chunk_size;
+        let mut raw = std::mem::take(&mut self.raw);
+        raw.clear();
+        raw.extend_from_slice(self.read_base(chunk)?.unwrap_or_default());
+        raw.resize(chunk_size as usize, 0);
+        self.raw = raw;
+        let (bitmap, frame) = self.frames[stored].split_at(bitmap_len(chunk_size));
+        let bits: usize = bitmap.iter().map(|byte| byte.count_ones() as usize).sum();
+        let wrong = |why: String| Err(self.image.chunk_error(chunk, why));
+        if bits == 0 {
+            return wrong("a patch without pages".to_owned());
+        }
+        self.pages.resize(bits * PAGE_SIZE, 0);
+        if let Err(why) = decompress(&mut self.decompressor, frame, &mut self.pages) {
+            return wrong(why);
+        }
+        let mut pages = self.pages.chunks_exact(PAGE_SIZE);
+        let set = |page: &usize| bitmap[page / 8] >> (page % 8) & 1 == 1;
+        for page in (0..bitmap.len() * 8).filter(set) {
+            let Some(place) = self.raw.get_mut(page * PAGE_SIZE..(page + 1) * PAGE_SIZE) else {
+                return wrong(format!("the patch has a page {page}"));
+            };
+            // There are as many pages as bits.
+            place.copy_from_slice(pages.next().unwrap_or(&[0; PAGE_SIZE]));
+        }
+        Ok(())
     }
 
     /// Makes `frames` hold the frame at `offset`.
@@ -196,13 +309,11 @@ impl ChunkReader<'_> {
         let last = (chunk + 1).saturating_add(self.ahead).min(records.len() as u64);
         let mut end = offset + length;
         for record in &records[chunk as usize + 1..last as usize] {
-            match record {
-                Record::Data { offset, length, .. }
-                    if *offset == end && end - offset < READ_STEP =>
-                {
-                    end += u64::from(*length);
-                }
-                _ => {}
+            if let Some((at, length)) = record.stored()
+                && at == end
+                && end - offset < READ_STEP
+            {
+                end += u64::from(length);
             }
         }
         self.frames.resize((end - offset) as usize, 0);
@@ -212,6 +323,32 @@ impl ChunkReader<'_> {
             self.frames.clear();
         }
         read.map_err(|error| FormatError::io(self.image.record.data_file(), "read", error))
+    }
+}
+
+impl ImageReader {
+    fn chunk_error(&self, chunk: u64, why: String) -> FormatError {
+        FormatError::Chunk { file: self.record.data_file(), chunk, why }
+    }
+}
+
+/// Makes `frame` fill all of `into`.
+fn decompress(
+    decompressor: &mut Decompressor<'_>,
+    frame: &[u8],
+    into: &mut [u8],
+) -> Result<(), String> {
+    let end = zstd_safe::find_frame_compressed_size(frame);
+    // What is damaged inside shows below; a second frame behind the first shows only here.
+    if let Ok(end) = end
+        && end != frame.len()
+    {
+        return Err(format!("the frame ends after {end} of {} bytes", frame.len()));
+    }
+    match decompressor.decompress_to_buffer(frame, into) {
+        Ok(len) if len == into.len() => Ok(()),
+        Ok(len) => Err(format!("{len} bytes decompressed, expected {}", into.len())),
+        Err(error) => Err(format!("does not decompress to {} bytes: {error}", into.len())),
     }
 }
 
@@ -267,19 +404,15 @@ impl Load<'_> {
             Some(reader) => reader,
             none => none.insert(self.image.chunks(BATCH)?),
         };
-        let zeros;
-        let bytes = match reader.read(chunk)? {
-            Some(bytes) => bytes,
-            None => {
-                zeros = vec![0; layout.len(chunk)];
-                &zeros
-            }
-        };
-        if let Record::Data { length, .. } = record {
-            self.stored.fetch_add(length.into(), Ordering::Relaxed);
+        let at = layout.offset(chunk);
+        let failed = |error| FormatError::io(&self.image.record.name, "write back", error);
+        match reader.read(chunk)? {
+            Some(bytes) => self.sink.write(at, bytes).map_err(failed)?,
+            None if self.sink.is_zero(at, layout.len(chunk)) => {}
+            None => self.sink.write(at, &vec![0; layout.len(chunk)]).map_err(failed)?,
         }
-        let written = self.sink.write(layout.offset(chunk), bytes);
-        written.map_err(|error| FormatError::io(&self.image.record.name, "write back", error))
+        self.stored.fetch_add(reader.take_stored(), Ordering::Relaxed);
+        Ok(())
     }
 
     fn fail(&self, chunk: u64, error: FormatError) {

@@ -13,8 +13,8 @@ use std::{
 use zstd::bulk::Compressor;
 
 use super::{
-    CHUNK_SIZE, Content, Control, LEVEL, Layout, Record, Source, digest::ImageHasher,
-    digest::read_chunk, zero_digest,
+    CHUNK_SIZE, ChunkReader, Content, Control, ImageReader, LEVEL, Layout, PAGE_SIZE, Record,
+    Source, bitmap_len, digest::ImageHasher, digest::read_chunk, is_zero, zero_digest,
 };
 use crate::{digest::Digest, error::FormatError, manifest::ImageRecord, publish::Staging};
 
@@ -27,6 +27,10 @@ pub struct WrittenImage {
     pub zero: u64,
     /// Bytes in chunks that are equal to an earlier one, which are not stored again.
     pub duplicate: u64,
+    /// Bytes in chunks that are the parent's, which are not stored.
+    pub parent: u64,
+    /// Bytes in chunks of which only the pages that differ from the parent's are stored.
+    pub patched: u64,
     /// Bytes of all frames.
     pub stored: u64,
 }
@@ -36,6 +40,32 @@ pub fn write_image(
     staging: &mut Staging,
     name: &str,
     source: &dyn Source,
+    control: Control<'_>,
+) -> Result<WrittenImage, FormatError> {
+    write(staging, name, source, None, control)
+}
+
+/// Writes `source` as the image `name` into `staging`, as a difference to `base`, the image of that name in
+/// the parent. What is equal is found by the digests of chunks and by comparing pages, so the image read
+/// back is `source`, whatever wrote to it. A base of another size or chunk size does not serve, and all is
+/// written.
+pub fn write_diff(
+    staging: &mut Staging,
+    name: &str,
+    source: &dyn Source,
+    base: &ImageReader,
+    control: Control<'_>,
+) -> Result<WrittenImage, FormatError> {
+    let record = base.record();
+    let serves = (record.size, record.chunk_size) == (source.size(), CHUNK_SIZE);
+    write(staging, name, source, serves.then_some(base), control)
+}
+
+fn write(
+    staging: &mut Staging,
+    name: &str,
+    source: &dyn Source,
+    base: Option<&ImageReader>,
     control: Control<'_>,
 ) -> Result<WrittenImage, FormatError> {
     let layout = Layout { size: source.size(), chunk_size: CHUNK_SIZE };
@@ -50,10 +80,10 @@ pub fn write_image(
     let zero = zero_digest(CHUNK_SIZE);
     let mut hasher = ImageHasher::new();
     let mut written: HashMap<Digest, Record> = HashMap::new();
-    let (mut zeros, mut duplicate) = (0, 0);
+    let (mut zeros, mut duplicate, mut parent, mut patched) = (0, 0, 0, 0);
     let claims = Mutex::new(HashMap::new());
-    let new_worker = || Worker::new(name);
-    let work = |worker: &mut Worker, chunk| worker.chunk(name, source, layout, chunk, &claims);
+    let new_worker = || Worker::new(name, base);
+    let work = |worker: &mut Worker<'_>, chunk| worker.chunk(name, source, layout, chunk, &claims);
     run_in_order(layout, control, new_worker, work, |chunk, done: Chunk| {
         let raw = layout.len(chunk) as u64;
         let record = match done {
@@ -61,6 +91,26 @@ pub fn write_image(
                 zeros += raw;
                 hasher.chunk(zero);
                 Record::Zero
+            }
+            Chunk::Parent { digest } => {
+                hasher.chunk(digest);
+                parent += raw;
+                Record::Parent { digest }
+            }
+            Chunk::Patch { digest, patch } => {
+                hasher.chunk(digest);
+                match written.get(&digest) {
+                    Some(first) => {
+                        duplicate += raw;
+                        *first
+                    }
+                    None => {
+                        patched += raw;
+                        let (offset, length) = (data.length(), patch.len() as u32);
+                        data.write(&patch)?;
+                        Record::Patch { offset, length, digest }
+                    }
+                }
             }
             Chunk::Data { digest, frame } => {
                 hasher.chunk(digest);
@@ -88,25 +138,42 @@ pub fn write_image(
     let stored = data.length();
     staging.finish(index)?;
     staging.finish(data)?;
-    Ok(WrittenImage { record, zero: zeros, duplicate, stored })
+    Ok(WrittenImage { record, zero: zeros, duplicate, parent, patched, stored })
 }
 
 /// A chunk on its way from a worker to the writer.
 enum Chunk {
     Zero,
-    Data { digest: Digest, frame: Option<Vec<u8>> },
+    /// `None` where an equal chunk of a lower number has the frame.
+    Data {
+        digest: Digest,
+        frame: Option<Vec<u8>>,
+    },
+    Patch {
+        digest: Digest,
+        patch: Vec<u8>,
+    },
+    Parent {
+        digest: Digest,
+    },
 }
 
-struct Worker {
+struct Worker<'a> {
     raw: Vec<u8>,
     compressor: Compressor<'static>,
+    /// The parent's image and a reader of its chunks.
+    base: Option<(&'a ImageReader, ChunkReader<'a>)>,
 }
 
-impl Worker {
-    fn new(name: &str) -> Result<Self, FormatError> {
+impl<'a> Worker<'a> {
+    fn new(name: &str, base: Option<&'a ImageReader>) -> Result<Self, FormatError> {
         let compressor =
             Compressor::new(LEVEL).map_err(|e| FormatError::io(name, "compress", e))?;
-        Ok(Self { raw: vec![0; CHUNK_SIZE as usize], compressor })
+        let base = match base {
+            Some(base) => Some((base, base.chunks(0)?)),
+            None => None,
+        };
+        Ok(Self { raw: vec![0; CHUNK_SIZE as usize], compressor, base })
     }
 
     fn chunk(
@@ -121,6 +188,24 @@ impl Worker {
             return Ok(Chunk::Zero);
         }
         let digest = Digest::of(&self.raw);
+        if let Some((base, reader)) = &mut self.base {
+            if base.index().digest(chunk) == digest {
+                return Ok(Chunk::Parent { digest });
+            }
+            // A page on top of zeros is hardly smaller than the chunk, and would need the parent.
+            if let Some(before) = reader.read(chunk)? {
+                let pages = changed_pages(before, &self.raw);
+                let frame = compress(&mut self.compressor, name, &self.raw)?;
+                if let Some((mut patch, pages)) = pages {
+                    patch.extend(compress(&mut self.compressor, name, &pages)?);
+                    if patch.len() < frame.len() {
+                        return Ok(Chunk::Patch { digest, patch });
+                    }
+                }
+                // No claim: a chunk without a frame relies on one that has claimed and is sure to have one.
+                return Ok(Chunk::Data { digest, frame: Some(frame) });
+            }
+        }
         let first = {
             let mut claims = lock(claims);
             let first = claims.entry(digest).or_insert(chunk);
@@ -128,16 +213,36 @@ impl Worker {
             *first
         };
         let frame = match first == chunk {
-            true => Some(self.compress(name)?),
+            true => Some(compress(&mut self.compressor, name, &self.raw)?),
             false => None,
         };
         Ok(Chunk::Data { digest, frame })
     }
+}
 
-    fn compress(&mut self, name: &str) -> Result<Vec<u8>, FormatError> {
-        let frame = self.compressor.compress(&self.raw);
-        frame.map_err(|error| FormatError::io(name, "compress", error))
+fn compress(
+    compressor: &mut Compressor<'_>,
+    name: &str,
+    bytes: &[u8],
+) -> Result<Vec<u8>, FormatError> {
+    compressor.compress(bytes).map_err(|error| FormatError::io(name, "compress", error))
+}
+
+/// The bitmap and the bytes of the pages in which `now`, a whole chunk, differs from `before`, which may end
+/// earlier and is continued with zeros; `None` if that is all of them.
+fn changed_pages(before: &[u8], now: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let mut bitmap = vec![0; bitmap_len(now.len() as u32)];
+    let mut changed = Vec::new();
+    for (page, bytes) in now.chunks_exact(PAGE_SIZE).enumerate() {
+        let end = before.len();
+        let old = &before[(page * PAGE_SIZE).min(end)..((page + 1) * PAGE_SIZE).min(end)];
+        let (same, behind) = bytes.split_at(old.len());
+        if same != old || !is_zero(behind) {
+            bitmap[page / 8] |= 1 << (page % 8);
+            changed.extend_from_slice(bytes);
+        }
     }
+    (changed.len() < now.len()).then_some((bitmap, changed))
 }
 
 /// Runs `work` for every chunk on worker threads, each with its own value of `new_worker`, and hands the

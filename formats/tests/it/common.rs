@@ -104,6 +104,7 @@ pub(crate) fn stage(staging: &mut Staging, control: Control<'_>) -> Result<Manif
         host: "linux x86_64".into(),
         created: 1_767_225_600_000_000_000,
         parent: None,
+        parent_hint: None,
         machine: MachineInfo {
             name: "golden".into(),
             memory_size: memory.size,

@@ -2,10 +2,13 @@
 
 use std::{env, path::Path};
 
-use crate::common::{self, Target};
+use crate::common::{self, Bytes, Target};
 use squib_formats::{
-    image::{Control, ImageReader},
-    sections::Sections,
+    digest::Digest,
+    image::{Control, ImageReader, write_diff},
+    publish::{Existing, Staging},
+    sections::{Sections, write_sections},
+    snapshot_dir::Snapshot,
     verify::verify,
 };
 
@@ -20,7 +23,8 @@ const ID_1_0: &str = "aeb091e61ea140d1ed0a01936a869da59eb6f030077a9e32c5f7b1eba6
 #[test]
 fn the_snapshot_of_format_1_0_reads_back_as_written() {
     let path = golden().join("1.0");
-    let verified = verify(&path, Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+    let verified =
+        verify(&path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
     let snapshot = verified.snapshot;
     assert_eq!(snapshot.id().to_string(), ID_1_0);
     assert_eq!((snapshot.header().major, snapshot.header().minor), (1, 0));
@@ -42,11 +46,60 @@ fn the_snapshot_of_format_1_0_reads_back_as_written() {
     }
 }
 
+/// The id that the golden difference of format 1.1 had when it was written.
+const ID_1_1: &str = "fd1c3a08cb1b0b6785ff7afc5be313717423f9ca7e00081169acf3969d54c0c4";
+
+#[test]
+fn the_difference_of_format_1_1_reads_back_as_written() {
+    let path = golden().join("1.1/diff");
+    let verified =
+        verify(&path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+    let snapshot = verified.snapshot;
+    assert_eq!(snapshot.id().to_string(), ID_1_1);
+    assert_eq!((snapshot.header().major, snapshot.header().minor), (1, 1));
+    assert_eq!(snapshot.manifest().parent_hint.as_deref(), Some("../parent"));
+    // The parent is, to the bit, the snapshot of format 1.0: a full snapshot needs nothing newer.
+    assert_eq!(snapshot.parent().unwrap().id().to_string(), ID_1_0);
+    for (name, expected) in [("memory", changed_memory()), ("disk-root", common::disk())] {
+        let target = Target::new(expected.len(), 0);
+        ImageReader::open(&snapshot, name).unwrap().load(&target, Control::default()).unwrap();
+        assert!(target.bytes.into_inner().unwrap() == expected, "{name}");
+    }
+}
+
 /// Writes the golden snapshot of the current version: `SQUIB_GOLDEN=DIR cargo test -p squib-formats
 /// --test it golden -- --ignored`.
 #[test]
 #[ignore = "writes a new golden snapshot"]
 fn write_the_golden_snapshot() {
     let dir = env::var_os("SQUIB_GOLDEN").expect("SQUIB_GOLDEN names the new directory");
-    println!("{}", common::publish(Path::new(&dir)));
+    let dir = Path::new(&dir);
+    println!("{}", common::publish(&dir.join("parent")));
+    println!("{}", difference(&dir.join("diff"), &dir.join("parent")));
+}
+
+/// The sample's memory with one page of noise inverted, a chunk gone to zeros and a new one.
+fn changed_memory() -> Vec<u8> {
+    let mut memory = common::memory();
+    memory[(2 << 16) + 8192..(2 << 16) + 12288].iter_mut().for_each(|byte| *byte = !*byte);
+    memory[5 << 16..6 << 16].fill(0);
+    memory[14 << 16..15 << 16].fill(0x33);
+    memory
+}
+
+/// Publishes a difference to the sample at `parent`.
+fn difference(path: &Path, parent: &Path) -> Digest {
+    let parent = Snapshot::open(parent).unwrap();
+    let mut staging = Staging::new(path, Existing::Refuse).unwrap();
+    let mut manifest = parent.manifest().clone();
+    manifest.sections = write_sections(&mut staging, &common::sections()).unwrap();
+    let mut written = |name: &str, bytes| {
+        let base = ImageReader::open(&parent, name).unwrap();
+        write_diff(&mut staging, name, &Bytes(bytes), &base, Control::default()).unwrap().record
+    };
+    manifest.images =
+        vec![written("memory", changed_memory()), written("disk-root", common::disk())];
+    manifest.parent = Some(parent.id());
+    manifest.parent_hint = Some("../parent".into());
+    staging.publish(manifest).unwrap()
 }

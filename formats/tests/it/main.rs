@@ -2,6 +2,7 @@
 
 mod common;
 mod damage;
+mod diffs;
 mod golden;
 mod publishing;
 mod round_trip;

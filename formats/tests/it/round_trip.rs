@@ -47,7 +47,7 @@ fn a_snapshot_reads_back_as_written() {
             assert_eq!(loaded.size, expected.len() as u64);
         }
     }
-    let verified = verify(&path, Control::default()).unwrap();
+    let verified = verify(&path, &[], Control::default()).unwrap();
     assert_eq!(verified.snapshot.id(), snapshot.id());
     assert_eq!(verified.unlisted, [""; 0]);
 }

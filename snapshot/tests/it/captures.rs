@@ -41,7 +41,8 @@ fn a_capture_holds_memory_disks_sections_and_configuration() {
     let captured = capture(&guest, &path, &CaptureOptions::default()).unwrap();
     assert_eq!(guest.asked(), [Asked::Pause, Asked::Save, Asked::Resume]);
 
-    let verified = verify(&path, Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+    let verified =
+        verify(&path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
     assert_eq!(verified.snapshot.id(), captured.id);
     let manifest = verified.snapshot.manifest();
     assert_eq!(manifest.created, 1_767_225_600_000_000_000);
@@ -61,7 +62,7 @@ fn a_capture_holds_memory_disks_sections_and_configuration() {
     assert_eq!(memory.record().digest, digest_file(&raw, Control::default()).unwrap().digest);
     assert_eq!(captured.memory.record.digest, memory.record().digest);
 
-    let found = inspect(&path).unwrap();
+    let found = inspect(&path, &[]).unwrap();
     assert_eq!((found.id, &*found.format, &*found.arch), (captured.id, "1.0", "aarch64"));
     let memory = &found.images[0];
     assert_eq!(memory.chunks, 1024);

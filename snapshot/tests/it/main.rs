@@ -1,5 +1,6 @@
 //! Captures and restores: with a machine that exists only in the test, and with real ones.
 
 mod captures;
+mod diffs;
 mod guest;
 mod restores;

@@ -12,6 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 use squib_formats::{
+    error::FormatError,
     image::{Control, digest_file},
     manifest::{MachineInfo, Manifest},
     snapshot_dir::Snapshot,
@@ -142,6 +143,32 @@ fn a_snapshot_of_a_restored_machine_is_the_same_snapshot() {
         manifest
     };
     assert_eq!(manifest(&again), manifest(&path));
+}
+
+#[test]
+fn a_chain_of_differences_restores_to_the_machine_that_ran_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path());
+    machine.run_until(10_000).unwrap();
+    let at = |name: &str| dir.path().join(name);
+    capture(&machine, &at("0"), &CaptureOptions::default()).unwrap();
+    for round in 1..4 {
+        machine.run_until(10_000 + round * 3_000).unwrap();
+        let parent = Some(at(&(round - 1).to_string()));
+        let options = CaptureOptions { parent, ..CaptureOptions::default() };
+        capture(&machine, &at(&round.to_string()), &options).unwrap();
+    }
+    let (saved_memory, saved) = (memory(&machine), machine.save().unwrap());
+    drop(machine);
+    let restored = back(&at("3"), &options(dir.path())).unwrap();
+    assert!(memory(&restored.machine) == saved_memory);
+    assert_eq!(restored.machine.save().unwrap(), saved);
+    assert!(counter(&restored.machine) > 0);
+    drop(restored);
+    fs::rename(at("1"), at("disks/1")).unwrap();
+    let error =
+        error(&at("3"), &RestoreOptions { disk_dir: Some(at("disks")), ..Default::default() });
+    assert!(matches!(error, RestoreError::Format(FormatError::MissingParent { .. })), "{error}");
 }
 
 #[test]
@@ -305,7 +332,11 @@ fn changed_copy(dir: &Path, change: impl Fn(&mut Manifest)) -> PathBuf {
     let mut manifest = Snapshot::open(&path).unwrap().manifest().clone();
     change(&mut manifest);
     let body = manifest.encode().unwrap();
-    let header = squib_formats::header::Header::new(squib_formats::header::ARCH_AARCH64, &body);
+    let header = squib_formats::header::Header::new(
+        squib_formats::header::ARCH_AARCH64,
+        manifest.minor(),
+        &body,
+    );
     fs::write(path.join("manifest"), [&header.encode()[..], &body].concat()).unwrap();
     path
 }

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     api::{
         client::{Client, ClientError},
-        types::{SnapshotCreateParams, SnapshotReport},
+        types::{SnapshotCreateParams, SnapshotReport, SnapshotType},
     },
     args::CreateArgs,
     commands::run::absolute,
@@ -29,7 +29,8 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         // The VM's working directory is not ours.
         snapshot_path: absolute(&args.output)?,
         mem_file_path: None,
-        snapshot_type: None,
+        snapshot_type: args.diff.as_ref().map(|_| SnapshotType::Diff),
+        parent_path: args.diff.as_deref().map(absolute).transpose()?,
         force: args.force,
         stop: args.stop,
         durability: Some(args.durability),

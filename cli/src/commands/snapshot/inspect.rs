@@ -14,7 +14,7 @@ use crate::{
 };
 
 pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
-    let inspection = match look(&args.dir) {
+    let inspection = match look(&args.dir, &args.parents) {
         Ok(inspection) => inspection,
         Err(error @ FormatError::Format { .. }) => {
             // What any build can tell of any snapshot.
@@ -34,15 +34,33 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
 }
 
 fn show(inspection: &Inspection) {
-    let Inspection { path: _, id, format, arch, writer_version: _, stored, images, manifest } =
-        inspection;
+    let Inspection {
+        path: _,
+        id,
+        format,
+        arch,
+        writer_version: _,
+        parent_hint,
+        chain,
+        stored,
+        images,
+        manifest,
+    } = inspection;
     let machine = &manifest.machine;
     println!("id        {id}");
     println!("format    {format}, {arch}, {}", bytes(*stored));
     println!("created   {} by {}", utc(manifest.created), manifest.writer);
     println!("host      {}", manifest.host);
     if let Some(parent) = manifest.parent {
-        println!("parent    {parent}");
+        match (chain, parent_hint) {
+            (Some(chain), _) => {
+                for link in chain {
+                    println!("parent    {} at {}", link.id, link.path.display());
+                }
+            }
+            (None, Some(hint)) => println!("parent    {parent}, not found; it was at {hint}"),
+            (None, None) => println!("parent    {parent}, not found"),
+        }
     }
     println!(
         "machine   {}: {}, {} vCPU(s), {}{}",
@@ -66,10 +84,23 @@ fn show(inspection: &Inspection) {
         println!("disk      {id}: {}{read_only}, {place} {path}", bytes(*size));
         println!("          {digest}");
     }
-    for ImageInspection { record, chunks, zero_chunks, duplicate_chunks, stored } in images {
+    for image in images {
+        let ImageInspection {
+            record,
+            chunks,
+            zero_chunks,
+            duplicate_chunks,
+            parent_chunks,
+            patch_chunks,
+            stored,
+        } = image;
+        let diff = match manifest.parent {
+            Some(_) => format!(", {parent_chunks} the parent's, {patch_chunks} patched"),
+            None => String::new(),
+        };
         println!(
             "image     {}: {} in {}; {chunks} chunks of {}, {zero_chunks} zero, \
-             {duplicate_chunks} duplicate",
+             {duplicate_chunks} duplicate{diff}",
             record.name,
             bytes(record.size),
             bytes(*stored),

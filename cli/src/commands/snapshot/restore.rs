@@ -74,6 +74,7 @@ fn options<'a>(
             true => ChangedDisks::Accept,
             false => ChangedDisks::Refuse,
         },
+        parents: args.parents.clone(),
         machine: machine::RestoreOptions {
             identity: if args.clone { Identity::Clone } else { Identity::Same },
             clock: match args.clock {
@@ -104,6 +105,9 @@ fn failure(error: RestoreError) -> Failure {
         }
         RestoreError::Format(FormatError::Digest { .. } | FormatError::Chunk { .. }) => {
             ": `squib snapshot verify` lists all damage"
+        }
+        RestoreError::Format(FormatError::MissingParent { .. }) => {
+            ": if it is elsewhere, say where with --parent DIR"
         }
         RestoreError::Disk(DiskError::Changed { .. }) => {
             ": bring back the disk as it was, or go on at the guest's risk with --allow-changed-disks"

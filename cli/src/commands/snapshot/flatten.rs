@@ -1,0 +1,30 @@
+//! `squib snapshot flatten`.
+
+use squib_snapshot::{
+    Durability,
+    flatten::{Flattened, flatten as make_full},
+    observe::Run,
+};
+
+use crate::{
+    api::types,
+    args::FlattenArgs,
+    exit::{Code, Result, WithCode},
+    output::{ByteBar, bytes},
+};
+
+pub(crate) fn flatten(args: &FlattenArgs) -> Result<Code> {
+    let bar = ByteBar::new("flatten");
+    let durability = match args.durability {
+        types::Durability::Full => Durability::Full,
+        types::Durability::None => Durability::None,
+    };
+    let run = Run { observer: &bar, ..Run::default() };
+    let made = make_full(&args.dir, &args.parents, &args.output, durability, &run);
+    drop(bar);
+    let Flattened { id, links, stored } = made.code(Code::Snapshot)?;
+    println!("snapshot  {}", args.output.display());
+    println!("id        {id}");
+    println!("stored    {}, from a chain of {links}", bytes(stored));
+    Ok(Code::Done)
+}
