@@ -3,7 +3,7 @@
 use std::{
     path::Path,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -30,7 +30,15 @@ pub(crate) const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(crate) struct Gauge {
     progress: Mutex<SnapshotProgress>,
-    cancel: AtomicBool,
+    writing: Mutex<Writing>,
+}
+
+#[derive(Debug, Default)]
+struct Writing {
+    /// The VM is ending: nothing is to be written any more.
+    ending: bool,
+    /// Set to make the snapshot that is being written end with an error.
+    give_up: Option<Arc<AtomicBool>>,
 }
 
 impl Gauge {
@@ -40,7 +48,20 @@ impl Gauge {
 
     /// Makes a snapshot that is being written, and every later one, end with an error.
     pub(crate) fn cancel(&self) {
-        self.cancel.store(true, Ordering::Relaxed);
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        writing.ending = true;
+        if let Some(give_up) = &writing.give_up {
+            give_up.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes note that a snapshot is written which `give_up` ends, or that none is.
+    fn writing(&self, give_up: Option<&Arc<AtomicBool>>) {
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        writing.give_up = give_up.cloned();
+        if let (true, Some(give_up)) = (writing.ending, give_up) {
+            give_up.store(true, Ordering::Relaxed);
+        }
     }
 
     fn set(&self, progress: SnapshotProgress) {
@@ -58,11 +79,13 @@ impl Observer for Gauge {
     }
 }
 
-/// Writes a snapshot of `machine`. With `stop` the machine is ended once the snapshot is safe.
+/// Writes a snapshot of `machine`, unless `give_up` becomes true before it is published: then the
+/// guest goes on and nothing is left behind. With `stop` the machine is ended once the snapshot is safe.
 pub(crate) fn write(
     machine: &Machine,
     params: &SnapshotCreateParams,
     gauge: &Gauge,
+    give_up: &Arc<AtomicBool>,
 ) -> anyhow::Result<SnapshotReport> {
     let options = CaptureOptions {
         existing: if params.force { Existing::Replace } else { Existing::Refuse },
@@ -73,10 +96,12 @@ pub(crate) fn write(
         pause_deadline: PAUSE_DEADLINE,
         parent: params.parent_path.clone(),
         after: if params.stop { After::Stop } else { After::GoOn },
-        run: Run { observer: gauge, cancel: &gauge.cancel, ..Run::default() },
+        run: Run { observer: gauge, cancel: give_up, ..Run::default() },
         ..CaptureOptions::default()
     };
+    gauge.writing(Some(give_up));
     let captured = capture(machine, &params.snapshot_path, &options);
+    gauge.writing(None);
     gauge.set(SnapshotProgress::default());
     let captured = captured.map_err(advise)?;
     report(&params.snapshot_path, &captured)

@@ -1,7 +1,7 @@
 //! The VM of this process, as the control API and the console see it.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, RwLock, mpsc::Sender},
+    sync::{Arc, Mutex, PoisonError, RwLock, atomic::AtomicBool, mpsc::Sender},
     thread,
     time::{Duration, Instant},
 };
@@ -106,9 +106,13 @@ impl Controlled for Vm {
         self.running()?.resume().map_err(|e| Fault(e.to_string()))
     }
 
-    fn snapshot(&self, params: SnapshotCreateParams) -> Result<SnapshotReport, Fault> {
+    fn snapshot(
+        &self,
+        params: SnapshotCreateParams,
+        give_up: &Arc<AtomicBool>,
+    ) -> Result<SnapshotReport, Fault> {
         let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        capture::write(&*self.running()?, &params, &self.progress)
+        capture::write(&*self.running()?, &params, &self.progress, give_up)
             .map_err(|e| Fault(Failure::from(e).to_string()))
     }
 

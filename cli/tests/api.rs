@@ -4,7 +4,12 @@ use std::{
     io::{Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use squib::{
@@ -33,6 +38,20 @@ impl Recorder {
     }
 }
 
+impl Recorder {
+    /// Waits until `holds` of the calls so far, or for long enough.
+    fn wait_for(&self, holds: impl Fn(&[String]) -> bool) -> bool {
+        let end = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < end {
+            if holds(&self.calls.lock().unwrap()) {
+                return true;
+            }
+            sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
 impl Controlled for Recorder {
     fn info(&self) -> InstanceInfo {
         InstanceInfo {
@@ -51,7 +70,17 @@ impl Controlled for Recorder {
         self.record("resume".into())
     }
 
-    fn snapshot(&self, params: SnapshotCreateParams) -> Result<SnapshotReport, Fault> {
+    fn snapshot(
+        &self,
+        params: SnapshotCreateParams,
+        give_up: &Arc<AtomicBool>,
+    ) -> Result<SnapshotReport, Fault> {
+        if params.snapshot_path.ends_with("slow") {
+            self.record("slow".into())?;
+            self.wait_for(|_| give_up.load(Ordering::Relaxed));
+            return Err(Fault(format!("given up: {}", give_up.load(Ordering::Relaxed))))
+                .inspect_err(|Fault(why)| drop(self.record(why.clone())));
+        }
         self.record(format!("snapshot {}", params.snapshot_path.display()))?;
         Ok(SnapshotReport {
             path: params.snapshot_path,
@@ -221,4 +250,21 @@ fn a_socket_without_a_vm_says_how_to_find_one() {
     let error = Client::new(&dir.path().join("none")).info().unwrap_err();
     assert!(matches!(error, ClientError::Connect { .. }));
     assert!(error.to_string().contains("squib ps"), "{error}");
+}
+
+#[test]
+fn a_snapshot_whose_asker_goes_away_is_given_up() {
+    let served = serve(false);
+    let body = "{\"snapshot_path\":\"/slow\"}";
+    let mut stream = UnixStream::connect(&served.socket).unwrap();
+    write!(
+        stream,
+        "PUT /snapshot/create HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    assert!(served.vm.wait_for(|calls| calls == ["slow"]), "the snapshot has begun");
+    drop(stream);
+    assert!(served.vm.wait_for(|calls| calls.len() > 1));
+    assert_eq!(*served.vm.calls.lock().unwrap(), ["slow", "given up: true"]);
 }

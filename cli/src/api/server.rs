@@ -2,7 +2,10 @@
 
 use std::{
     os::unix::net::UnixListener,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -36,8 +39,13 @@ pub trait Controlled: Send + Sync + 'static {
     fn pause(&self) -> Result<(), Fault>;
     /// Lets it run. Idempotent.
     fn resume(&self) -> Result<(), Fault>;
-    /// Writes a snapshot. The guest is paused for it, and afterwards does what it did before.
-    fn snapshot(&self, params: SnapshotCreateParams) -> Result<SnapshotReport, Fault>;
+    /// Writes a snapshot. The guest is paused for it, and afterwards does what it did before. Once
+    /// `give_up` is set the snapshot is given up if it is not there yet, and leaves nothing behind.
+    fn snapshot(
+        &self,
+        params: SnapshotCreateParams,
+        give_up: &Arc<AtomicBool>,
+    ) -> Result<SnapshotReport, Fault>;
     /// How far [`snapshot`](Self::snapshot) is.
     fn progress(&self) -> SnapshotProgress;
     /// Ends the VM, soon.
@@ -133,6 +141,15 @@ async fn set_state(State(vm): Shared, body: Body) -> Response {
     }
 }
 
+/// Whoever asked for a snapshot; nobody wants it any more once this is dropped.
+struct Asker(Arc<AtomicBool>);
+
+impl Drop for Asker {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
     let body = match body {
         Ok(body) => body,
@@ -142,15 +159,21 @@ async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
         Ok(params) => params,
         Err(fault) => return fault.into_response(),
     };
-    let stop = params.stop;
-    let for_call = vm.clone();
-    let report = match blocking(move || for_call.snapshot(params)).await {
+    // A client that goes away in the middle (Ctrl-C) drops this future.
+    let asker = Asker(Arc::default());
+    let give_up = Arc::clone(&asker.0);
+    let written = blocking(move || {
+        let stop = params.stop;
+        let report = vm.snapshot(params, &give_up)?;
+        if stop {
+            vm.stop();
+        }
+        Ok(report)
+    });
+    let report = match written.await {
         Ok(report) => report,
         Err(fault) => return fault.into_response(),
     };
-    if stop {
-        vm.stop();
-    }
     let wants_report = headers
         .get_all("prefer")
         .iter()
