@@ -16,8 +16,6 @@ pub(crate) const FIQ: u32 = 1 << 1;
 pub(crate) const KICK: u32 = 1 << 2;
 /// A peer asks for maintenance of translations or decoded code.
 pub(crate) const MAINTENANCE: u32 = 1 << 3;
-/// SEV or an event was sent to this vCPU: the architecture's event register.
-pub(crate) const EVENT: u32 = 1 << 4;
 
 /// Lines into one vCPU, set from any thread.
 #[derive(Debug, Default)]

@@ -12,7 +12,7 @@ use crate::{
     mem::{Extend, Pending},
     op::Op,
     regs::SP,
-    signals::{EVENT, FIQ, IRQ},
+    signals::{FIQ, IRQ},
     sys::{self, Sys},
 };
 
@@ -278,7 +278,7 @@ pub(crate) unsafe fn nop(cpu: &mut Cpu, op: *const Op) -> *const Op {
 /// YIELD and WFE: WFE may complete at once (Arm ARM D1.6.1), which a spinning vCPU makes good by
 /// giving its processor away.
 pub(crate) unsafe fn wait_event(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    if !cpu.signals.take(EVENT) && !cpu.deterministic {
+    if !cpu.deterministic {
         std::thread::yield_now();
     }
     // SAFETY: `Exec`'s contract; another op follows.
