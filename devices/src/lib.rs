@@ -9,6 +9,7 @@ pub mod bus;
 pub mod clock;
 pub mod device;
 pub mod gic;
+pub mod granules;
 pub mod irq;
 pub mod map;
 pub mod memory;

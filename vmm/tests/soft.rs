@@ -151,9 +151,10 @@ fn restore(
 ) -> (Machine, Console) {
     let console = Console::default();
     let options = RestoreOptions { identity, ..RestoreOptions::default() };
-    let fill = |ram: &GuestRam, _: &_| ram.write_slice(image, GuestAddress(map::RAM_BASE));
+    let ram = GuestRam::new(config.memory).unwrap();
+    ram.write_slice(image, GuestAddress(map::RAM_BASE)).unwrap();
     let sink = Box::new(console.clone());
-    let machine = Machine::restore(config.clone(), sections, options, sink, fill).unwrap();
+    let machine = Machine::restore(config.clone(), sections, options, ram, sink).unwrap();
     (machine, console)
 }
 
@@ -313,10 +314,11 @@ proptest! {
         for (at, byte) in &bytes {
             *at.get_mut(&mut section.payload) = *byte;
         }
-        let fill = |ram: &GuestRam, _: &_| ram.write_slice(code, KERNEL);
+        let ram = GuestRam::new(config.memory).unwrap();
+        ram.write_slice(code, KERNEL).unwrap();
         let options = RestoreOptions::default();
         let sink = Box::new(std::io::sink());
-        let restored = Machine::restore(config.clone(), sections, options, sink, fill);
+        let restored = Machine::restore(config.clone(), sections, options, ram, sink);
         if let Ok(machine) = restored {
             let ended = machine.run_until(400);
             let panicked = matches!(&ended, Ok(RunUntil::Ended(Outcome::Crashed(_))));
@@ -375,10 +377,10 @@ fn a_state_that_the_cpu_cannot_have_had_is_refused_by_name() {
         let mut state: VcpuState = vcpu.decode().unwrap();
         change(&mut state);
         *vcpu = Section::encode("0", &state).unwrap();
-        let fill = |_: &GuestRam, _: &_| Ok::<_, std::io::Error>(());
+        let ram = GuestRam::new(config.memory).unwrap();
         let options = RestoreOptions::default();
         let sink = Box::new(std::io::sink());
-        let refused = Machine::restore(config.clone(), sections, options, sink, fill);
+        let refused = Machine::restore(config.clone(), sections, options, ram, sink);
         let refused = refused.err().unwrap().to_string();
         assert!(refused.contains(field) && refused.contains("vcpu"), "{refused}");
     }

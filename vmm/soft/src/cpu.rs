@@ -11,10 +11,10 @@ use crate::{
     exception::Pstate,
     exec::branch::leave_block,
     mem::Pending,
-    mmu::{Access, FSC_EXTERNAL},
+    mmu::{Access, FSC_EXTERNAL, Fault},
     op::Op,
     regs::{Regs, SP},
-    shared::{Peer, Shared},
+    shared::{Peer, Place, Shared},
     signals::{FIQ, IRQ, KICK, MAINTENANCE},
     sys::Sys,
     timer::TimerLines,
@@ -202,7 +202,12 @@ impl Cpu {
             if self.budget <= 0 {
                 continue;
             }
-            let Some(first) = self.find_block() else { continue };
+            let Some(first) = self.find_block() else {
+                match self.exit.take() {
+                    Some(exit) => return exit,
+                    None => continue,
+                }
+            };
             // SAFETY: `first` is a live block of `self.code`, which is not swept before the block is
             // left; every op leads to another live op or to null.
             unsafe {
@@ -370,7 +375,7 @@ impl Cpu {
         ptr::null()
     }
 
-    /// The block at `pc`, decoded if need be; `None` if an exception was taken instead.
+    /// The block at `pc`, decoded if need be; `None` if an exception was taken or an exit is set instead.
     fn find_block(&mut self) -> Option<*const Op> {
         let pc = self.pc;
         if pc & 3 != 0 {
@@ -398,19 +403,30 @@ impl Cpu {
     }
 
     /// Translates `pc` for execution and remembers where its page's code is kept; `None` if an
-    /// exception was taken instead.
+    /// exception was taken or an exit is set instead.
     fn fill_code(&mut self, el1: bool, pc: u64) -> Option<*mut PageCode> {
         let translation = match self.translate(pc, Access::Execute, self.regime) {
             Ok(translation) => translation,
-            Err(fault) => {
-                self.take_instruction_abort(pc, fault.fsc);
+            Err(Fault::Abort(fsc)) => {
+                self.take_instruction_abort(pc, fsc);
+                return None;
+            }
+            Err(Fault::Withheld(address)) => {
+                self.exit = Some(Exit::Memory { address, write: false });
                 return None;
             }
         };
         let page = translation.pa & !0xfff;
-        let Some(host) = self.shared.ram.host(page, 0x1000) else {
-            self.take_instruction_abort(pc, FSC_EXTERNAL);
-            return None;
+        let host = match self.shared.ram.place(page, 0x1000, false) {
+            Place::Ram(host) => host,
+            Place::Withheld => {
+                self.exit = Some(Exit::Memory { address: translation.pa, write: false });
+                return None;
+            }
+            Place::Elsewhere => {
+                self.take_instruction_abort(pc, FSC_EXTERNAL);
+                return None;
+            }
         };
         let code = self.code.page(self.shared.ram.page_index(page), host);
         self.tlb.fill_code(el1, pc, code, translation.size);

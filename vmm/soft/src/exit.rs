@@ -23,6 +23,14 @@ pub enum Exit {
         /// The value, zero-extended.
         value: u64,
     },
+    /// An access to RAM that its [`Granules`](crate::Granules) withhold. PC stands at the instruction, which
+    /// is not retired and is executed again by the next run.
+    Memory {
+        /// Guest-physical address of a byte in the granule.
+        address: u64,
+        /// It wants to write.
+        write: bool,
+    },
     /// MRS of a register that the vCPU does not hold (ICC_*). Call
     /// [`Cpu::complete_sysreg_read`](crate::Cpu::complete_sysreg_read) before the next run, or
     /// [`Cpu::undefined`](crate::Cpu::undefined) if there is no such register.

@@ -30,7 +30,7 @@ mod tlb;
 pub use counter::{CNTFRQ_HZ, Counter};
 pub use cpu::Cpu;
 pub use exit::Exit;
-pub use shared::{Ram, Shared};
+pub use shared::{Granules, READABLE, Ram, Shared, WRITABLE};
 pub use signals::Signals;
 pub use state::{CpuState, StateError};
 pub use sys::id_registers;

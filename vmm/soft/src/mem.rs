@@ -5,6 +5,7 @@ use crate::{
     cpu::Cpu,
     mmu::{self, Access, FSC_ALIGNMENT, FSC_EXTERNAL, Fault, Translation},
     op::Op,
+    shared::Place,
     tlb::{PAGE_MASK, Regime},
 };
 
@@ -299,27 +300,44 @@ impl Cpu {
         let write = access == Access::Write;
         let translation = match self.translate(va, access, regime) {
             Ok(translation) => translation,
-            Err(fault) => return Err(self.data_fault(op, va, fault.fsc, write)),
+            Err(Fault::Abort(fsc)) => return Err(self.data_fault(op, va, fsc, write)),
+            Err(Fault::Withheld(address)) => return Err(self.withheld(op, address, false)),
         };
         let page = translation.pa & PAGE_MASK;
-        let Some(host) = self.shared.ram.host(page, 0x1000) else { return Ok(None) };
+        let host = match self.shared.ram.place(page, 0x1000, write) {
+            Place::Ram(host) => host,
+            Place::Withheld => return Err(self.withheld(op, translation.pa, write)),
+            Place::Elsewhere => return Ok(None),
+        };
         // SAFETY: an offset in the page.
         let host = unsafe { host.add((va & !PAGE_MASK) as usize) };
         // An address with a tag in its top byte is not its own page's number: not remembered.
         if va >> 56 == if va >> 55 & 1 != 0 { 0xff } else { 0 } {
             let writable = write || {
-                translation
-                    .check(
-                        &self.sys,
-                        Access::Write,
-                        regime == Regime::El0,
-                        regime == Regime::El1Pan,
-                    )
-                    .is_ok()
+                matches!(self.shared.ram.place(page, 0x1000, true), Place::Ram(_))
+                    && translation
+                        .check(
+                            &self.sys,
+                            Access::Write,
+                            regime == Regime::El0,
+                            regime == Regime::El1Pan,
+                        )
+                        .is_ok()
             };
             self.tlb.fill_data(regime, va, host, writable, translation.size);
         }
         Ok(Some(host))
+    }
+
+    /// Leaves the block at `op`, which is not retired: it is executed again once the access to RAM at
+    /// `address` is allowed. Like an abort, an access leaves no trace before it has got all of its pages,
+    /// or one that its repetition does not show.
+    #[cold]
+    pub(crate) fn withheld(&mut self, op: &Op, address: u64, write: bool) -> Stopped {
+        self.leave_at(op);
+        self.budget += 1;
+        self.exit = Some(Exit::Memory { address, write });
+        Stopped
     }
 
     /// Takes a data abort at `op`.

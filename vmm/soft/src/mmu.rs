@@ -1,7 +1,10 @@
 //! The stage 1 translation table walk (Arm ARM D8) for EL1&0: 4 KiB and 16 KiB granules, 48-bit
 //! addresses.
 
-use crate::{shared::Ram, sys::Sys};
+use crate::{
+    shared::{Place, Ram},
+    sys::Sys,
+};
 
 /// What an access wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,9 +16,11 @@ pub(crate) enum Access {
 
 /// A failed translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fault {
-    /// The fault status code, ISS.DFSC or ISS.IFSC.
-    pub(crate) fsc: u32,
+pub(crate) enum Fault {
+    /// The guest gets an abort with this fault status code, ISS.DFSC or ISS.IFSC.
+    Abort(u32),
+    /// A translation table at this physical address is not there now.
+    Withheld(u64),
 }
 
 // Fault status codes, Arm ARM D17.2.37, ESR_EL1 ISS encoding for a Data Abort.
@@ -78,18 +83,14 @@ impl Translation {
             // What EL0 may write, EL1 never executes.
             (Access::Execute, false) => !(p.pxn || p.writable && (p.el0 || wxn)),
         };
-        if allowed { Ok(()) } else { Err(Fault { fsc: FSC_PERMISSION | self.level }) }
+        if allowed { Ok(()) } else { Err(Fault::Abort(FSC_PERMISSION | self.level)) }
     }
 }
 
 /// Translates `va` by the tables that `sys` names; permissions are checked apart.
 pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> {
     if sys.sctlr & SCTLR_M == 0 {
-        return if va >> PA_BITS == 0 {
-            Ok(flat(va))
-        } else {
-            Err(Fault { fsc: FSC_ADDRESS_SIZE })
-        };
+        return if va >> PA_BITS == 0 { Ok(flat(va)) } else { Err(Fault::Abort(FSC_ADDRESS_SIZE)) };
     }
     let upper = va >> 55 & 1 != 0;
     let tcr = sys.tcr;
@@ -114,7 +115,7 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
     let sign = if upper { u64::MAX } else { 0 };
     let checked = (va ^ sign) & (u64::MAX >> (64 - top)) & !((1 << va_bits) - 1);
     if checked != 0 || epd != 0 {
-        return Err(Fault { fsc: FSC_TRANSLATION });
+        return Err(Fault::Abort(FSC_TRANSLATION));
     }
 
     let stride = granule - 3;
@@ -130,12 +131,13 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
         let index = va >> shift & ((1 << index_bits) - 1);
         let address = table + index * 8;
         if table >> PA_BITS != 0 {
-            return Err(Fault {
-                fsc: FSC_ADDRESS_SIZE | if level == 4 - levels { 0 } else { level },
-            });
+            let level = if level == 4 - levels { 0 } else { level };
+            return Err(Fault::Abort(FSC_ADDRESS_SIZE | level));
         }
-        let Some(host) = ram.host(address, 8) else {
-            return Err(Fault { fsc: FSC_EXTERNAL_ON_WALK | level });
+        let host = match ram.place(address, 8, false) {
+            Place::Ram(host) => host,
+            Place::Withheld => return Err(Fault::Withheld(address)),
+            Place::Elsewhere => return Err(Fault::Abort(FSC_EXTERNAL_ON_WALK | level)),
         };
         // SAFETY: `host` is in RAM and, tables being aligned, aligned to 8.
         let descriptor = u64::from_le(unsafe { host.cast::<u64>().read_volatile() });
@@ -153,15 +155,15 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
             (3, 3) | (1, 1 | 2) => {
                 // A 16 KiB granule has blocks at level 2 only.
                 if descriptor & 3 == 1 && granule == 14 && level == 1 {
-                    return Err(Fault { fsc: FSC_TRANSLATION | level });
+                    return Err(Fault::Abort(FSC_TRANSLATION | level));
                 }
                 let size = 1u64 << shift;
                 let base = next & !(size - 1);
                 if base >> PA_BITS != 0 {
-                    return Err(Fault { fsc: FSC_ADDRESS_SIZE | level });
+                    return Err(Fault::Abort(FSC_ADDRESS_SIZE | level));
                 }
                 if descriptor >> 10 & 1 == 0 {
-                    return Err(Fault { fsc: FSC_ACCESS_FLAG | level });
+                    return Err(Fault::Abort(FSC_ACCESS_FLAG | level));
                 }
                 return Ok(Translation {
                     pa: base | va & (size - 1),
@@ -176,7 +178,7 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
                     level,
                 });
             }
-            _ => return Err(Fault { fsc: FSC_TRANSLATION | level }),
+            _ => return Err(Fault::Abort(FSC_TRANSLATION | level)),
         }
     }
 }

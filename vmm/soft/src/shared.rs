@@ -10,12 +10,39 @@ use std::{
 
 use crate::{Counter, Signals, signals::MAINTENANCE};
 
+/// What vCPUs may do with RAM now, one byte a granule of `1 << shift` bytes: [`READABLE`] and
+/// [`WRITABLE`]. Bits may be set at any time; they are taken away only while no vCPU runs, and each
+/// [`Shared::forget_translations`] before it runs again.
+#[derive(Clone)]
+pub struct Granules {
+    /// One byte a granule.
+    pub access: Arc<[AtomicU8]>,
+    /// Binary logarithm of a granule's size in bytes, at least that of a 4 KiB page.
+    pub shift: u32,
+}
+
+/// The granule's bytes are there.
+pub const READABLE: u8 = 1;
+/// The granule may be written to.
+pub const WRITABLE: u8 = 2;
+
 /// The guest's RAM as the vCPUs see it.
 pub struct Ram {
     host: *mut u8,
     len: u64,
     base: u64,
+    granules: Granules,
     _keep: Arc<dyn Any + Send + Sync>,
+}
+
+/// Where guest-physical bytes are.
+pub(crate) enum Place {
+    /// At this host address.
+    Ram(*mut u8),
+    /// In RAM, and the access is not allowed now: [`Exit::Memory`](crate::Exit::Memory).
+    Withheld,
+    /// Not in RAM.
+    Elsewhere,
 }
 
 // SAFETY: the pointer is only used for accesses that are volatile or atomic, which the memory's
@@ -25,7 +52,7 @@ unsafe impl Send for Ram {}
 unsafe impl Sync for Ram {}
 
 impl Ram {
-    /// RAM of `len` bytes at guest-physical `base`, backed by `host`.
+    /// RAM of `len` bytes at guest-physical `base`, backed by `host`, all of it there at all times.
     ///
     /// # Safety
     ///
@@ -37,19 +64,39 @@ impl Ram {
         base: u64,
         keep: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { host, len, base, _keep: keep }
+        let all = Granules { access: Arc::new([AtomicU8::new(READABLE | WRITABLE)]), shift: 63 };
+        Self { host, len, base, granules: all, _keep: keep }
     }
 
-    /// The host address of `size` bytes at guest-physical `pa`, if all of them are RAM.
+    /// With the rights that `granules` gives, which covers all of RAM.
+    #[must_use]
+    pub fn with_granules(mut self, granules: Granules) -> Self {
+        assert!(granules.shift >= 12, "a granule is at least a page");
+        assert!((granules.access.len() as u64) << granules.shift >= self.len, "all of RAM");
+        self.granules = granules;
+        self
+    }
+
+    /// Where the `size` bytes at guest-physical `pa` are, which lie on one page.
     #[inline]
-    pub(crate) fn host(&self, pa: u64, size: u64) -> Option<*mut u8> {
-        let offset = pa.checked_sub(self.base)?;
-        if offset < self.len && size <= self.len - offset {
-            // SAFETY: offset is inside the memory that `new` was promised.
-            Some(unsafe { self.host.add(offset as usize) })
-        } else {
-            None
+    pub(crate) fn place(&self, pa: u64, size: u64, write: bool) -> Place {
+        let Some(offset) = pa.checked_sub(self.base) else { return Place::Elsewhere };
+        if offset >= self.len || size > self.len - offset {
+            return Place::Elsewhere;
         }
+        let Granules { access, shift } = &self.granules;
+        let need = if write { READABLE | WRITABLE } else { READABLE };
+        // Acquire: the bytes were put there before the bit was set.
+        if access[(offset >> shift) as usize].load(Ordering::Acquire) & need != need {
+            return Place::Withheld;
+        }
+        // SAFETY: offset is inside the memory that `new` was promised.
+        Place::Ram(unsafe { self.host.add(offset as usize) })
+    }
+
+    /// Whether `pa` is in RAM.
+    pub(crate) fn contains(&self, pa: u64) -> bool {
+        pa.checked_sub(self.base).is_some_and(|offset| offset < self.len)
     }
 
     /// Number of the 4 KiB page at `pa`, which is in RAM.
@@ -76,6 +123,13 @@ impl Shared {
     pub fn new(ram: Ram, counter: Arc<Counter>) -> Arc<Self> {
         let has_code = (0..ram.pages()).map(|_| AtomicU8::new(0)).collect();
         Arc::new(Self { ram, counter, has_code, peers: RwLock::default() })
+    }
+
+    /// Makes every vCPU look at [`Granules`] again before it uses a page. Called while none runs.
+    pub fn forget_translations(&self) {
+        for peer in self.peers() {
+            peer.ask(Maintenance::AllTranslations);
+        }
     }
 
     pub(crate) fn peers(&self) -> Vec<Arc<Peer>> {

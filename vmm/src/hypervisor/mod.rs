@@ -11,7 +11,9 @@ mod state;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use squib_devices::{device::MachineDevice, irq::IrqChip, map::Range, memory::GuestRam};
+use squib_devices::{
+    device::MachineDevice, granules::Unavailable, irq::IrqChip, map::Range, memory::GuestRam,
+};
 use squib_formats::persist::{PersistError, Section};
 
 pub use soft::SoftVm;
@@ -54,6 +56,15 @@ pub trait Vm: Send + Sync {
 
     /// Takes over the interrupt chip's state. Called when all vCPUs exist and none has run.
     fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError>;
+
+    /// Makes the next write to any granule of RAM an [`Exit::MemoryFault`], unless the
+    /// [`Granules`](squib_devices::granules::Granules) of the RAM allow it by then. They have taken the right
+    /// to write away from all. Called while no vCPU runs.
+    fn write_protect(&self) -> Result<(), HypervisorError>;
+
+    /// Lets vCPUs read and execute `range` of RAM, which is one granule, and with `write` also write there:
+    /// the granules allow it now. Called by the vCPU that met the fault, on its thread.
+    fn grant(&self, range: Range, write: bool) -> Result<(), HypervisorError>;
 
     /// The counter behind CNTVCT_EL0.
     fn counter(&self) -> Arc<dyn SystemCounter>;
@@ -138,6 +149,13 @@ pub enum Exit {
         /// The value, zero-extended.
         value: u64,
     },
+    /// An access to RAM that its granules do not allow now. The next run executes the instruction again.
+    MemoryFault {
+        /// Guest-physical address of a byte in the granule.
+        address: u64,
+        /// It wants to write.
+        write: bool,
+    },
     /// HVC with the immediate. Arguments and results are in X0 to X17.
     Hypercall {
         /// The instruction's immediate.
@@ -181,6 +199,15 @@ pub enum HypervisorError {
         call: &'static str,
         /// What it answered.
         why: String,
+    },
+    /// Guest memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] Unavailable),
+    /// The backend reports a fault in RAM, and there is no RAM.
+    #[error("a memory fault at {address:#x}, where no RAM is")]
+    NotRam {
+        /// Guest-physical address.
+        address: u64,
     },
     /// A saved state that this backend cannot take over.
     #[error("{0}")]

@@ -5,17 +5,25 @@ use std::sync::{Arc, OnceLock};
 use squib_devices::{
     device::MachineDevice,
     gic::{CpuOutputs, Gic, GicDistributor, GicRedistributors, GicState, affinity},
+    granules,
     irq::IrqChip,
     map::{self, Range},
     memory::GuestRam,
 };
 use squib_formats::persist::{PersistError, Section, Versioned};
-use squib_soft::{CNTFRQ_HZ, Counter, Cpu, CpuState, Ram, Shared, Signals, StateError, SysReg};
+use squib_soft::{
+    CNTFRQ_HZ, Counter, Cpu, CpuState, Granules, Ram, Shared, Signals, StateError, SysReg,
+};
 
 use super::{
     CpuIdentity, ExclusiveMonitor, Exit, HypervisorError, Kick, SystemCounter, Vcpu, VcpuState, Vm,
 };
 use crate::config::BackendKind;
+
+// Both sides look at the same bytes.
+const _: () = assert!(
+    squib_soft::READABLE == granules::READABLE && squib_soft::WRITABLE == granules::WRITABLE
+);
 
 /// MPIDR_EL1 bit 31, RES1.
 const MPIDR_RES1: u64 = 1 << 31;
@@ -41,6 +49,8 @@ impl SoftVm {
         // is kept; `GuestRam` hands out no references to its bytes.
         let view =
             unsafe { Ram::new(ram.host_ptr(), ram.size(), ram.base(), Arc::new(ram.clone())) };
+        let (access, shift) = ram.granules().rights();
+        let view = view.with_granules(Granules { access, shift });
         let inputs = Arc::new(Inputs { vcpus: (0..vcpus).map(|_| OnceLock::new()).collect() });
         let gic = Gic::new(vcpus, Arc::clone(&inputs) as Arc<dyn CpuOutputs>);
         Self { shared: Shared::new(view, Arc::clone(&counter)), counter, gic, inputs }
@@ -93,6 +103,16 @@ impl Vm for SoftVm {
 
     fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError> {
         self.gic.restore_section(section)
+    }
+
+    /// The CPUs look at the granules of the RAM themselves; only what they remember has to be forgotten.
+    fn write_protect(&self) -> Result<(), HypervisorError> {
+        self.shared.forget_translations();
+        Ok(())
+    }
+
+    fn grant(&self, _: Range, _: bool) -> Result<(), HypervisorError> {
+        Ok(())
     }
 
     fn counter(&self) -> Arc<dyn SystemCounter> {
@@ -187,6 +207,9 @@ impl Vcpu for SoftVcpu {
                 }
                 squib_soft::Exit::MmioWrite { address, size, value } => {
                     return Ok(Exit::MmioWrite { address, size, value });
+                }
+                squib_soft::Exit::Memory { address, write } => {
+                    return Ok(Exit::MemoryFault { address, write });
                 }
                 squib_soft::Exit::Hvc { imm } => return Ok(Exit::Hypercall { imm }),
                 // There is no EL3 to call.

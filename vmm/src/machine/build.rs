@@ -23,7 +23,9 @@ use super::{
     devices,
     gate::Gate,
     section_name, state_error,
-    types::{ClockPolicy, Identity, MachineError, RestoreOptions, TimeState, Timings},
+    types::{
+        ClockPolicy, Crash, Identity, MachineError, Outcome, RestoreOptions, TimeState, Timings,
+    },
     vcpu::{Board, vcpu_thread},
 };
 use crate::{
@@ -42,14 +44,17 @@ const MOST_TICKS: u64 = 1 << 62;
 const NANOS: u128 = 1_000_000_000;
 
 impl Machine {
-    /// All parts of a machine in their reset state, at rest, without anything in RAM.
+    /// All parts of a machine in their reset state, at rest, with `ram` as it is.
     pub(super) fn assemble(
         config: MachineConfig,
+        ram: GuestRam,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
         config.validate()?;
-        let ram = GuestRam::new(config.memory)
-            .map_err(|source| MachineError::Memory { size: config.memory, source })?;
+        if ram.size() != config.memory {
+            let (size, expected) = (ram.size(), config.memory);
+            return Err(MachineError::MemorySize { size, expected });
+        }
         let vm = hypervisor::create(&config, &ram)?;
         Self::assemble_on(vm, config, ram, console)
     }
@@ -86,7 +91,15 @@ impl Machine {
             Arc::new(Psci::new(config.vcpus, Range { base: map::RAM_BASE, size: config.memory }));
         let gate = Gate::new(config.vcpus, Arc::clone(&psci));
         let unclaimed = Mutex::new(HashSet::new());
-        let board = Arc::new(Board { vm, bus, psci, gate, timings, unclaimed });
+        let board = Arc::new(Board { vm, ram: ram.clone(), bus, psci, gate, timings, unclaimed });
+        let end = Arc::downgrade(&board);
+        // A device meets it too, and has nobody to tell but the guest, which must not go on.
+        ram.granules().on_failure(move |failure| {
+            if let Some(board) = end.upgrade() {
+                let crash = Crash { vcpu: 0, pc: None, why: failure.to_string() };
+                board.gate.end(Outcome::Crashed(crash));
+            }
+        });
         let mut machine = Self {
             ram,
             board,
@@ -102,6 +115,7 @@ impl Machine {
             threads: Vec::new(),
             control: Mutex::new(Control { paused: true, holds: 0 }),
             released: Condvar::new(),
+            attached: Mutex::default(),
             config,
         };
         // From here on, an error drops the machine, which ends the threads that were started.

@@ -30,6 +30,7 @@ mod types;
 mod vcpu;
 
 use std::{
+    any::Any,
     fs::File,
     io::Write,
     sync::Arc,
@@ -38,7 +39,13 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use squib_devices::{clock::Clock, device::MachineDevice, memory::GuestRam, vmgenid::VmGenId};
+use squib_devices::{
+    clock::Clock,
+    device::MachineDevice,
+    granules::Frozen,
+    memory::{GuestRam, RamStore},
+    vmgenid::VmGenId,
+};
 use squib_formats::persist::{self, PersistError, Section};
 
 pub use console::ConsoleInput;
@@ -83,6 +90,7 @@ pub struct Machine {
     control: Mutex<Control>,
     /// Woken when the last hold is given back.
     released: Condvar,
+    attached: Mutex<Vec<Box<dyn Any + Send>>>,
 }
 
 struct Control {
@@ -114,7 +122,10 @@ impl Machine {
         config: MachineConfig,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
-        let machine = Self::assemble(config, console)?;
+        config.validate()?;
+        let ram = GuestRam::new(config.memory)
+            .map_err(|source| MachineError::Memory { size: config.memory, source })?;
+        let machine = Self::assemble(config, ram, console)?;
         let entry = boot::load(&machine.config, &machine.ram)?;
         if entry.page_size == boot::PageSize::Kib64 {
             let backend = machine.config.backend;
@@ -125,23 +136,18 @@ impl Machine {
         Ok(machine)
     }
 
-    /// A paused machine that goes on where `sections` were saved. `fill` looks at what the guest will see
-    /// of its CPUs and brings back the RAM, which is all zeros but for the system area. Every
-    /// section must have its place and every place its section.
-    pub fn restore<E>(
+    /// A paused machine that goes on where `sections` were saved, with the memory of that moment as `ram`,
+    /// whose bytes may still be on their way. Every section must have its place and every place its section.
+    /// What the guest will see of its CPUs, [`hypervisor::identity`](crate::hypervisor::identity) says before.
+    pub fn restore(
         config: MachineConfig,
         sections: Vec<Section>,
         options: RestoreOptions,
+        ram: GuestRam,
         console: Box<dyn Write + Send>,
-        fill: impl FnOnce(&GuestRam, &CpuIdentity) -> Result<(), E>,
-    ) -> Result<Self, MachineError>
-    where
-        E: Into<Box<dyn std::error::Error + Send + Sync>>,
-    {
-        let machine = Self::assemble(config, console)?;
+    ) -> Result<Self, MachineError> {
+        let machine = Self::assemble(config, ram, console)?;
         let sections = machine.sort(sections)?;
-        fill(&machine.ram, &machine.cpu_identity())
-            .map_err(|error| MachineError::Fill(error.into()))?;
         machine.take_over(sections, options)?;
         Ok(machine)
     }
@@ -213,6 +219,21 @@ impl Machine {
         let time = self.time();
         sections.push(self.encode("0", "time", || Section::encode("0", &time))?);
         Ok(sections)
+    }
+
+    /// The memory of a paused machine as it is now, for reading while the machine goes on: what it writes to
+    /// meanwhile is put aside, at most `limit` bytes; then it waits until they have been read.
+    pub fn freeze(&self, limit: u64) -> Result<Frozen<RamStore>, MachineError> {
+        let control = self.control.lock();
+        self.check_paused(&control, "freeze its memory")?;
+        let frozen = self.ram.granules().freeze(limit).ok_or(MachineError::Frozen)?;
+        self.board.vm.write_protect()?;
+        Ok(frozen)
+    }
+
+    /// Keeps `thing` for as long as the machine lives: what brings its memory, for example.
+    pub fn attach(&self, thing: Box<dyn Any + Send>) {
+        self.attached.lock().push(thing);
     }
 
     /// Runs a paused deterministic machine until exactly `retired` instructions have been retired since

@@ -156,6 +156,17 @@ pub enum MachineError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The RAM that was handed over is not of the configuration's size.
+    #[error("{size} bytes of guest memory instead of {expected}")]
+    MemorySize {
+        /// Bytes handed over.
+        size: u64,
+        /// Bytes that the configuration demands.
+        expected: u64,
+    },
+    /// The moment of another capture is still being read.
+    #[error("another capture of the machine is under way")]
+    Frozen,
     /// The backend.
     #[error("{0}")]
     Hypervisor(#[from] HypervisorError),
@@ -228,9 +239,6 @@ pub enum MachineError {
         /// Kind and instance.
         section: String,
     },
-    /// The memory could not be filled.
-    #[error("guest memory: {0}")]
-    Fill(Box<dyn std::error::Error + Send + Sync>),
     /// A vCPU's thread is gone.
     #[error("the thread of vCPU {vcpu} has ended")]
     VcpuGone {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use squib_devices::bus::Bus;
+use squib_devices::{bus::Bus, map::Range, memory::GuestRam};
 
 use super::{
     gate::{Gate, Next},
@@ -23,6 +23,7 @@ const MOST_UNCLAIMED: usize = 256;
 /// What all vCPU threads of a machine share.
 pub(super) struct Board {
     pub(super) vm: Arc<dyn Vm>,
+    pub(super) ram: GuestRam,
     pub(super) bus: Bus,
     pub(super) psci: Arc<Psci>,
     pub(super) gate: Gate,
@@ -96,6 +97,7 @@ impl Runner<'_> {
                         self.report_unclaimed("write", address);
                     }
                 }
+                Exit::MemoryFault { address, write } => self.memory_fault(address, write)?,
                 Exit::Hypercall { imm } => {
                     if !self.hypercall(vcpu, imm)? {
                         return Ok(());
@@ -107,6 +109,21 @@ impl Runner<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Waits until the access is allowed, and tells the backend. If the bytes cannot be had the error ends
+    /// the machine: the guest never sees others in their place.
+    fn memory_fault(&self, address: u64, write: bool) -> Result<(), HypervisorError> {
+        let ram = &self.board.ram;
+        let granules = ram.granules();
+        let Some(offset) = address.checked_sub(ram.base()).filter(|at| *at < ram.size()) else {
+            return Err(HypervisorError::NotRam { address });
+        };
+        granules.allow(offset, 1, write)?;
+        let size = granules.granule_size();
+        let start = offset & !(size - 1);
+        let range = Range { base: ram.base() + start, size: size.min(ram.size() - start) };
+        self.board.vm.grant(range, write)
     }
 
     /// Waits until the vCPU is on. False if the gate was closed meanwhile.

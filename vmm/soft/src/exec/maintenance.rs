@@ -8,7 +8,14 @@ use std::{
     },
 };
 
-use crate::{cpu::Cpu, mmu::Access, op::Op, shared::Maintenance, tlb::Regime};
+use crate::{
+    cpu::Cpu,
+    mem::Stopped,
+    mmu::{Access, Fault},
+    op::Op,
+    shared::Maintenance,
+    tlb::Regime,
+};
 
 // SCTLR_EL1 fields that open instructions to EL0 (Arm ARM D17.2.118).
 const SCTLR_DZE: u64 = 1 << 14;
@@ -83,20 +90,18 @@ pub(crate) unsafe fn cache(cpu: &mut Cpu, op: *const Op) -> *const Op {
             if cpu.fast_read(cpu.regime, va, 1).is_none()
                 && let Err(fault) = cpu.translate(va, Access::Read, cpu.regime)
             {
-                cpu.leave_at(o);
-                cpu.take_data_abort(va, fault.fsc, true, true);
+                cpu.cache_fault(o, va, fault);
                 return ptr::null();
             }
         }
         DC_ISW | DC_CSW | DC_CISW => {}
         IC_IVAU => match cpu.translate(va, Access::Read, cpu.regime) {
             Err(fault) => {
-                cpu.leave_at(o);
-                cpu.take_data_abort(va, fault.fsc, true, true);
+                cpu.cache_fault(o, va, fault);
                 return ptr::null();
             }
             Ok(translation) => {
-                if cpu.shared.ram.host(translation.pa, 1).is_some() {
+                if cpu.shared.ram.contains(translation.pa) {
                     let page = cpu.shared.ram.page_index(translation.pa);
                     // Nothing to forget where nobody has decoded anything since the last time.
                     if cpu.shared.has_code[page].swap(0, Ordering::SeqCst) != 0 {
@@ -114,10 +119,14 @@ pub(crate) unsafe fn cache(cpu: &mut Cpu, op: *const Op) -> *const Op {
             cpu.apply(Maintenance::AllCode);
             return cpu.leave_after(o);
         }
-        AT_S1E1R => cpu.translate_to_par(va, Access::Read, false),
-        AT_S1E1W => cpu.translate_to_par(va, Access::Write, false),
-        AT_S1E0R => cpu.translate_to_par(va, Access::Read, true),
-        AT_S1E0W => cpu.translate_to_par(va, Access::Write, true),
+        AT_S1E1R | AT_S1E1W | AT_S1E0R | AT_S1E0W => {
+            let write = matches!(what, AT_S1E1W | AT_S1E0W);
+            let access = if write { Access::Write } else { Access::Read };
+            let el0 = matches!(what, AT_S1E0R | AT_S1E0W);
+            if cpu.translate_to_par(o, va, access, el0).is_err() {
+                return ptr::null();
+            }
+        }
         _ => return cpu.op_undefined(o),
     }
     // SAFETY: another op follows.
@@ -155,16 +164,35 @@ pub(crate) unsafe fn tlbi(cpu: &mut Cpu, op: *const Op) -> *const Op {
 }
 
 impl Cpu {
+    /// A maintenance instruction at `o` whose address does not translate.
+    fn cache_fault(&mut self, o: &Op, va: u64, fault: Fault) {
+        match fault {
+            Fault::Abort(fsc) => {
+                self.leave_at(o);
+                self.take_data_abort(va, fsc, true, true);
+            }
+            Fault::Withheld(address) => drop(self.withheld(o, address, false)),
+        }
+    }
+
     /// AT: the result goes to PAR_EL1 (Arm ARM D17.2.102).
-    fn translate_to_par(&mut self, va: u64, access: Access, el0: bool) {
+    fn translate_to_par(
+        &mut self,
+        o: &Op,
+        va: u64,
+        access: Access,
+        el0: bool,
+    ) -> Result<(), Stopped> {
         let regime = if el0 { Regime::El0 } else { Regime::El1 };
         self.sys.par = match self.translate(va, access, regime) {
             Ok(translation) => {
                 let attr = self.sys.mair >> (8 * u32::from(translation.attr_index)) & 0xff;
                 attr << 56 | 1 << 11 | 2 << 7 | translation.pa & 0x000f_ffff_ffff_f000
             }
-            Err(fault) => 1 << 11 | u64::from(fault.fsc) << 1 | 1,
+            Err(Fault::Abort(fsc)) => 1 << 11 | u64::from(fsc) << 1 | 1,
+            Err(Fault::Withheld(address)) => return Err(self.withheld(o, address, false)),
         };
+        Ok(())
     }
 
     /// Carries out `what` here and asks all others to.

@@ -195,6 +195,14 @@ impl Vm for FakeVm {
         Ok(())
     }
 
+    fn write_protect(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    fn grant(&self, _: Range, _: bool) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
     fn counter(&self) -> Arc<dyn SystemCounter> {
         Arc::clone(&self.counter) as Arc<dyn SystemCounter>
     }

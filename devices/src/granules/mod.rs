@@ -1,0 +1,387 @@
+//! Guest memory and disks in granules of one size, each of which is absent, unchanged or changed.
+//!
+//! A granule is *absent* until its bytes have been brought from an [`Origin`]; *unchanged* (readable) while
+//! nobody has written to it since the [`Baseline`]; and *changed* (writable) from the first write on. With
+//! these three states and nothing else
+//!
+//! - a restore can let the guest run at once and bring what it touches ([`Granules::set_origin`]),
+//! - a difference finds what was not written to without reading it ([`Frozen::known_digest`]),
+//! - a capture reads a moment's bytes while the guest goes on ([`Granules::freeze`]): the first write to an
+//!   unchanged granule puts its bytes aside.
+//!
+//! Whoever touches the bytes asks [`Granules::allow`] first. That is one load of a byte for what is allowed;
+//! anything else goes through a lock, under which no I/O is done: a granule that somebody works on is
+//! *busy*, and others wait for it. So each is brought once, whoever asks for it and how many.
+
+mod frozen;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use squib_formats::{digest::Digest, image::Content};
+
+pub use frozen::Frozen;
+
+/// The granule's bytes are there.
+pub const READABLE: u8 = 1;
+/// The granule may be written to: it may have changed since the baseline.
+pub const WRITABLE: u8 = 2;
+
+/// Where the bytes of granules lie. Called for one granule by one thread at a time, but for different
+/// granules by many.
+pub trait Store: Send + Sync + 'static {
+    /// Reads what lies at `offset` into all of `into`; or answers [`Content::Zero`] where it is known to be
+    /// zeros without reading, and leaves `into` as it is.
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content>;
+
+    /// Puts the first bytes of an absent granule, which reads as zeros, to `offset`.
+    fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Why an origin cannot give a granule's bytes.
+pub type OriginError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Where the bytes of absent granules come from.
+pub trait Origin: Send + Sync {
+    /// Hands the verified bytes of `granule` to `put`, or does not call it if all are zero.
+    fn load(
+        &self,
+        granule: u64,
+        put: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), OriginError>;
+}
+
+/// What every granule held at an earlier moment, by digest.
+pub trait Baseline: Send + Sync {
+    /// blake3 of the granule's bytes at that moment, continued with zeros to a whole granule; `None` if it is
+    /// not known after all.
+    fn digest(&self, granule: u64) -> Option<Digest>;
+}
+
+/// An absent granule cannot be had. Nobody gets the bytes of any other in its place: see
+/// [`Granules::on_failure`].
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{what}: the {granule_size} bytes at {offset:#x} cannot be loaded: {why}")]
+pub struct Unavailable {
+    /// What it is a part of.
+    pub what: Arc<str>,
+    /// Offset of the granule in bytes.
+    pub offset: u64,
+    /// Size of a granule in bytes.
+    pub granule_size: u64,
+    /// What the origin said.
+    pub why: Arc<str>,
+}
+
+/// Told of the first granule that cannot be had.
+type OnFailure = Box<dyn Fn(&Unavailable) + Send + Sync>;
+
+/// The granules of one memory or disk.
+pub struct Granules<S> {
+    store: S,
+    what: Arc<str>,
+    size: u64,
+    shift: u32,
+    access: Arc<[AtomicU8]>,
+    slow: Mutex<Slow>,
+    /// Woken when a granule is no longer busy, and when there is room to put bytes aside.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Slow {
+    /// Granules that somebody loads, copies or reads just now.
+    busy: HashSet<u64>,
+    origin: Option<Arc<dyn Origin>>,
+    baseline: Option<Arc<dyn Baseline>>,
+    freeze: Option<Freeze>,
+    failed: Option<Unavailable>,
+    on_failure: Option<Arc<OnFailure>>,
+    /// Granules with bytes, in the order in which somebody needed them.
+    record: Option<Vec<u64>>,
+}
+
+/// A moment that is being read.
+struct Freeze {
+    /// What had been written to before, one byte a granule; the next difference needs it if this capture
+    /// comes to nothing.
+    changed_before: Vec<bool>,
+    /// Bytes of each granule that have been read.
+    taken: Vec<u32>,
+    /// What was put aside, since somebody wanted to write.
+    aside: HashMap<u64, Aside>,
+    aside_bytes: u64,
+    limit: u64,
+    /// Writers that had to wait for room.
+    throttled: u64,
+}
+
+enum Aside {
+    Zero,
+    Bytes(Box<[u8]>),
+}
+
+impl<S: Store> Granules<S> {
+    /// Granules of `1 << shift` bytes over `size` bytes in `store`, all with the rights `access`. `what`
+    /// stands in errors.
+    pub fn new(what: &str, store: S, size: u64, shift: u32, access: u8) -> Self {
+        let count = size.div_ceil(1 << shift);
+        let access = (0..count).map(|_| AtomicU8::new(access)).collect();
+        let (slow, changed) = (Mutex::default(), Condvar::new());
+        Self { store, what: what.into(), size, shift, access, slow, changed }
+    }
+
+    /// Size of all in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Size of a granule in bytes. The last one may be shorter.
+    pub fn granule_size(&self) -> u64 {
+        1 << self.shift
+    }
+
+    /// Number of granules.
+    pub fn count(&self) -> u64 {
+        self.access.len() as u64
+    }
+
+    /// What is allowed, one byte a granule, [`READABLE`] and [`WRITABLE`]; and the binary logarithm of a
+    /// granule's size. For reading only.
+    pub fn rights(&self) -> (Arc<[AtomicU8]>, u32) {
+        (Arc::clone(&self.access), self.shift)
+    }
+
+    /// Where the bytes lie.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// Sets where absent granules come from.
+    pub fn set_origin(&self, origin: Arc<dyn Origin>) {
+        self.slow.lock().origin = Some(origin);
+    }
+
+    /// Sets what unchanged and absent granules hold.
+    pub fn set_baseline(&self, baseline: Arc<dyn Baseline>) {
+        self.slow.lock().baseline = Some(baseline);
+    }
+
+    /// Has `hook` called, once, when a granule cannot be had. From then on nothing that is not there yet can
+    /// be had: whoever runs the guest must stop it.
+    pub fn on_failure(&self, hook: impl Fn(&Unavailable) + Send + Sync + 'static) {
+        self.slow.lock().on_failure = Some(Arc::new(Box::new(hook)));
+    }
+
+    /// Waits until the `len` bytes at `offset`, which lie inside, may be read, and with `write` also written.
+    #[inline]
+    pub fn allow(&self, offset: u64, len: u64, write: bool) -> Result<(), Unavailable> {
+        let need = if write { READABLE | WRITABLE } else { READABLE };
+        for granule in self.covering(offset, len) {
+            // Acquire: the bytes were put there before the bit was set.
+            if self.access[granule as usize].load(Ordering::Acquire) & need != need {
+                self.resolve(granule, need, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings `granule` if it is absent, without anybody having asked for it.
+    pub fn prefetch(&self, granule: u64) -> Result<(), Unavailable> {
+        match self.is_absent(granule) {
+            true => self.resolve(granule, READABLE, false),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the granule's bytes are still where they come from.
+    pub fn is_absent(&self, granule: u64) -> bool {
+        self.access[granule as usize].load(Ordering::Relaxed) & READABLE == 0
+    }
+
+    /// Whether the granule may have been written to since the baseline.
+    pub fn is_changed(&self, granule: u64) -> bool {
+        self.access[granule as usize].load(Ordering::Relaxed) & WRITABLE != 0
+    }
+
+    /// Begins to write down which granules are brought because somebody needed them.
+    pub fn start_recording(&self) {
+        self.slow.lock().record.get_or_insert_default();
+    }
+
+    /// What was written down so far: granules that are not all zeros, in the order of their first use.
+    pub fn recorded(&self) -> Vec<u64> {
+        self.slow.lock().record.clone().unwrap_or_default()
+    }
+
+    /// Gives all granules the rights `access`, which a restore does that has just put all bytes in place.
+    /// Called before anything runs.
+    pub fn set_all(&self, access: u8) {
+        self.access.iter().for_each(|granule| granule.store(access, Ordering::Release));
+    }
+
+    fn covering(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+        let first = offset >> self.shift;
+        match len {
+            0 => first..first,
+            _ => first..((offset + len - 1) >> self.shift) + 1,
+        }
+    }
+
+    /// Where the granule lies, and how long it is.
+    fn place(&self, granule: u64) -> (u64, usize) {
+        let offset = granule << self.shift;
+        (offset, (self.size - offset).min(1 << self.shift) as usize)
+    }
+
+    #[cold]
+    fn resolve(&self, granule: u64, need: u8, needed: bool) -> Result<(), Unavailable> {
+        let mut slow = self.slow.lock();
+        loop {
+            let access = self.access[granule as usize].load(Ordering::Acquire);
+            if access & need == need {
+                return Ok(());
+            }
+            if slow.busy.contains(&granule) {
+                self.changed.wait(&mut slow);
+            } else if access & READABLE == 0 {
+                self.bring(&mut slow, granule, needed)?;
+            } else if self.put_aside(&mut slow, granule)? {
+                self.access[granule as usize].fetch_or(WRITABLE, Ordering::Release);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Brings an absent granule that is not busy.
+    fn bring(
+        &self,
+        slow: &mut MutexGuard<'_, Slow>,
+        granule: u64,
+        needed: bool,
+    ) -> Result<(), Unavailable> {
+        if let Some(failed) = &slow.failed {
+            return Err(failed.clone());
+        }
+        let origin = slow.origin.clone();
+        let offset = self.place(granule).0;
+        let mut has_bytes = false;
+        let loaded = self.busy(slow, granule, || match origin {
+            Some(origin) => origin.load(granule, &mut |bytes| {
+                has_bytes = true;
+                self.store.fill(offset, bytes)
+            }),
+            None => Err("nothing is known of them".into()),
+        });
+        if let Err(why) = loaded {
+            return Err(self.fail(slow, offset, &why.to_string()));
+        }
+        if needed
+            && has_bytes
+            && let Some(record) = &mut slow.record
+        {
+            record.push(granule);
+        }
+        self.access[granule as usize].fetch_or(READABLE, Ordering::Release);
+        Ok(())
+    }
+
+    /// Before the first write to a granule that is there and not busy: keeps its bytes if a freeze still
+    /// needs them. False if the state has changed meanwhile and is to be looked at again.
+    fn put_aside(
+        &self,
+        slow: &mut MutexGuard<'_, Slow>,
+        granule: u64,
+    ) -> Result<bool, Unavailable> {
+        let (offset, len) = self.place(granule);
+        let Some(freeze) = &mut slow.freeze else { return Ok(true) };
+        let all_taken = freeze.taken[granule as usize] as usize == len;
+        if all_taken || freeze.aside.contains_key(&granule) {
+            return Ok(true);
+        }
+        if freeze.aside_bytes > 0 && freeze.aside_bytes + len as u64 > freeze.limit {
+            freeze.throttled += 1;
+            self.changed.wait(slow);
+            return Ok(false);
+        }
+        freeze.aside_bytes += len as u64;
+        let copy = self.busy(slow, granule, || {
+            let mut bytes = vec![0; len].into_boxed_slice();
+            self.store.read(offset, &mut bytes).map(|content| match content {
+                Content::Zero => Aside::Zero,
+                Content::Data => Aside::Bytes(bytes),
+            })
+        });
+        let copy = copy.map_err(|error| self.fail(slow, offset, &error.to_string()))?;
+        // The freeze may have ended meanwhile; then nobody needs the bytes.
+        if let Some(freeze) = &mut slow.freeze {
+            if matches!(copy, Aside::Zero) {
+                freeze.aside_bytes -= len as u64;
+            }
+            freeze.aside.insert(granule, copy);
+        }
+        Ok(true)
+    }
+
+    /// Runs `work` without the lock, while nobody else works on `granule`.
+    fn busy<R>(
+        &self,
+        slow: &mut MutexGuard<'_, Slow>,
+        granule: u64,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        slow.busy.insert(granule);
+        // Dropped also when `work` panics: others must not wait for ever.
+        let guard = Busy { granules: self, slow, granule };
+        MutexGuard::unlocked(guard.slow, work)
+    }
+
+    fn fail(&self, slow: &mut MutexGuard<'_, Slow>, offset: u64, why: &str) -> Unavailable {
+        let failure = Unavailable {
+            what: Arc::clone(&self.what),
+            offset,
+            granule_size: 1 << self.shift,
+            why: why.into(),
+        };
+        if slow.failed.is_none() {
+            slow.failed = Some(failure.clone());
+            if let Some(hook) = slow.on_failure.clone() {
+                MutexGuard::unlocked(slow, || hook(&failure));
+            }
+        }
+        failure
+    }
+}
+
+/// A granule that is being worked on.
+struct Busy<'a, 'b, S> {
+    granules: &'a Granules<S>,
+    slow: &'a mut MutexGuard<'b, Slow>,
+    granule: u64,
+}
+
+impl<S> Drop for Busy<'_, '_, S> {
+    fn drop(&mut self) {
+        self.slow.busy.remove(&self.granule);
+        self.granules.changed.notify_all();
+    }
+}
+
+impl<S> std::fmt::Debug for Granules<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Granules")
+            .field("what", &self.what)
+            .field("size", &self.size)
+            .field("granule_size", &(1u64 << self.shift))
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,116 @@
+//! The mapping that RAM lies in.
+
+use std::{fs::File, io, sync::OnceLock};
+
+use memmap2::{MmapOptions, MmapRaw};
+use squib_formats::image::Content;
+use vm_memory::VolatileSlice;
+
+use super::pagemap::Pagemap;
+use crate::granules::Store;
+
+/// Host memory for RAM.
+#[derive(Debug)]
+pub struct RamStore {
+    mapping: MmapRaw,
+    /// It is private anonymous memory: what nobody has touched is zero.
+    anonymous: bool,
+    /// Opened when it is first needed, if this host has it.
+    pagemap: OnceLock<Option<Pagemap>>,
+}
+
+impl RamStore {
+    pub(super) fn anonymous(size: u64) -> io::Result<Self> {
+        let mapping = options(size)?.map_anon()?;
+        Ok(Self { mapping: mapping.into(), anonymous: true, pagemap: OnceLock::new() })
+    }
+
+    pub(super) fn private(file: &File, size: u64) -> io::Result<Self> {
+        let found = file.metadata()?.len();
+        if found != size {
+            // Touching a page behind the end of the file would be a SIGBUS.
+            let why = format!("the file has {found} bytes, RAM has {size}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        // SAFETY: nobody changes the file, as the caller promises; even if somebody did, all accesses are
+        // volatile, as memory shared with a guest demands.
+        let mapping = unsafe { options(size)?.map_copy(file)? };
+        Ok(Self { mapping: mapping.into(), anonymous: false, pagemap: OnceLock::new() })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.mapping.len() as u64
+    }
+
+    pub(super) fn host_ptr(&self) -> *mut u8 {
+        self.mapping.as_mut_ptr()
+    }
+
+    /// The `count` bytes at `offset`, if all are inside. Whether they may be touched is another question.
+    pub(super) fn slice(&self, offset: u64, count: usize) -> Option<VolatileSlice<'_, ()>> {
+        let start = usize::try_from(offset).ok()?;
+        start.checked_add(count).filter(|end| *end <= self.mapping.len())?;
+        // SAFETY: start + count lies inside the mapping, which lives as long as `self`; accesses
+        // through a VolatileSlice are volatile or atomic, as memory shared with a guest demands.
+        Some(unsafe { VolatileSlice::new(self.mapping.as_mut_ptr().add(start), count) })
+    }
+
+    /// Whether nobody has touched any of the `len` bytes at `offset`, which are zero then; and finding that
+    /// out is cheaper than reading them, which gives each page a place in the page table. False if it cannot
+    /// be told.
+    pub(super) fn is_untouched(&self, offset: u64, len: u64) -> bool {
+        // A page of a mapped file that is not in the page table still has the file's bytes.
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
+        let pagemap = || self.pagemap.get_or_init(Pagemap::open).as_ref();
+        self.anonymous
+            && inside
+            && len > 0
+            && pagemap().is_some_and(|map| map.is_empty(self.host_ptr() as u64 + offset, len))
+    }
+}
+
+impl Store for RamStore {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+        if self.is_untouched(offset, into.len() as u64) {
+            return Ok(Content::Zero);
+        }
+        let slice = self.slice(offset, into.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        slice.copy_to(into);
+        Ok(Content::Data)
+    }
+
+    fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let slice = self.slice(offset, bytes.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        self.populate(offset, bytes.len());
+        slice.copy_from(bytes);
+        Ok(())
+    }
+}
+
+impl RamStore {
+    /// Gives the range its pages in one call rather than in a fault a page. It is only a help.
+    fn populate(&self, offset: u64, len: usize) {
+        #[cfg(target_os = "linux")]
+        if offset % 4096 == 0 && len >= 16384 {
+            // SAFETY: the range is inside the mapping, as the caller has checked.
+            unsafe {
+                let start = self.mapping.as_mut_ptr().add(offset as usize);
+                libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, len);
+    }
+}
+
+/// For a mapping of `size` bytes.
+fn options(size: u64) -> io::Result<MmapOptions> {
+    let len = usize::try_from(size).ok().filter(|len| *len > 0 && len % 0x1_0000 == 0);
+    let Some(len) = len else {
+        let why = format!("a RAM size of {size} bytes is not a positive multiple of 64 KiB");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    };
+    let mut options = MmapOptions::new();
+    options.len(len).no_reserve_swap();
+    Ok(options)
+}
