@@ -27,10 +27,16 @@ pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hyp
         BackendKind::Soft => {
             Ok(Arc::new(SoftVm::new(config.vcpus, ram, config.deterministic.is_some())))
         }
-        backend @ (BackendKind::Hvf | BackendKind::Kvm) => Err(HypervisorError::Unavailable {
-            backend,
-            why: "this build does not have it".to_owned(),
-        }),
+        backend @ (BackendKind::Hvf | BackendKind::Kvm) => Err(unavailable(backend)),
+    }
+}
+
+/// What a machine of `config` would show its guest of its CPUs on this host, without making one: what
+/// [`Vm::identity`] of that machine answers.
+pub fn identity(config: &MachineConfig) -> Result<CpuIdentity, HypervisorError> {
+    match config.backend {
+        BackendKind::Soft => Ok(SoftVm::identity()),
+        backend @ (BackendKind::Hvf | BackendKind::Kvm) => Err(unavailable(backend)),
     }
 }
 
@@ -212,4 +218,25 @@ pub enum HypervisorError {
     /// A saved state that this backend cannot take over.
     #[error("{0}")]
     State(#[from] PersistError),
+}
+
+fn unavailable(backend: BackendKind) -> HypervisorError {
+    HypervisorError::Unavailable { backend, why: "this build does not have it".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use squib_devices::map;
+
+    use super::*;
+
+    #[test]
+    fn the_identity_is_known_before_there_is_a_machine() {
+        let config = MachineConfig::new("vm", "/boot/Image");
+        let ram = GuestRam::new(map::RAM_MIN).unwrap();
+        assert_eq!(identity(&config).unwrap(), create(&config, &ram).unwrap().identity());
+        let kvm = MachineConfig { backend: BackendKind::Kvm, ..config };
+        let refused = identity(&kvm).unwrap_err();
+        assert!(matches!(refused, HypervisorError::Unavailable { backend: BackendKind::Kvm, .. }));
+    }
 }

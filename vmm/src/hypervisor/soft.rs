@@ -55,16 +55,21 @@ impl SoftVm {
         let gic = Gic::new(vcpus, Arc::clone(&inputs) as Arc<dyn CpuOutputs>);
         Self { shared: Shared::new(view, Arc::clone(&counter)), counter, gic, inputs }
     }
-}
 
-impl Vm for SoftVm {
-    fn identity(&self) -> CpuIdentity {
+    /// What the guest sees of its CPUs; the same in every machine of this build.
+    pub fn identity() -> CpuIdentity {
         let mut id_registers: Vec<_> = squib_soft::id_registers()
             .into_iter()
             .map(|(SysReg(reg), value)| (reg, value))
             .collect();
         id_registers.sort_unstable();
         CpuIdentity { backend: BackendKind::Soft, counter_hz: CNTFRQ_HZ, id_registers }
+    }
+}
+
+impl Vm for SoftVm {
+    fn identity(&self) -> CpuIdentity {
+        Self::identity()
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, HypervisorError> {
