@@ -14,7 +14,8 @@ use std::{
 
 use squib_formats::{
     image::{
-        CHUNK_SIZE, Content, Control, ImageReader, LEVEL, Sink, Source, digest_source, write_image,
+        CHUNK_SIZE, Content, Control, ImageOptions, ImageReader, LEVEL, Sink, Source,
+        digest_source, write_image,
     },
     manifest::{CpuIdentity, MachineInfo, Manifest},
     publish::{Durability, Existing, Staging},
@@ -127,7 +128,8 @@ fn write(
     let mut staging = Staging::new(path, Existing::Refuse)?;
     staging.durability(durability);
     let sections = write_sections(&mut staging, &[])?;
-    let image = write_image(&mut staging, "memory", source, Control::default())?;
+    let image =
+        write_image(&mut staging, "memory", source, ImageOptions::default(), Control::default())?;
     let manifest = Manifest {
         writer: String::new(),
         host: String::new(),

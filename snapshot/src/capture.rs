@@ -12,8 +12,8 @@ use squib_formats::{
     digest::Digest,
     error::FormatError,
     image::{
-        Control, FileSource, ImageReader, Source, WrittenImage, digest_source, write_diff,
-        write_image,
+        Control, FileSource, ImageOptions, ImageReader, Source, WrittenImage, digest_source,
+        write_diff, write_image,
     },
     manifest::{DiskRecord, DiskStorage, MAX_HINT, MEMORY_IMAGE, Manifest},
     persist::Section,
@@ -361,8 +361,8 @@ fn write(
 ) -> Result<WrittenImage, FormatError> {
     let base = parent.and_then(|parent| parent.images.iter().find(|i| i.record().name == name));
     match base {
-        Some(base) => write_diff(staging, name, source, base, control),
-        None => write_image(staging, name, source, control),
+        Some(base) => write_diff(staging, name, source, base, ImageOptions::default(), control),
+        None => write_image(staging, name, source, ImageOptions::default(), control),
     }
 }
 

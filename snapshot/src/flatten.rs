@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{CHUNK_SIZE, ImageReader, ImageSource, write_image},
+    image::{CHUNK_SIZE, ImageOptions, ImageReader, ImageSource, write_image},
     manifest::{MEMORY_IMAGE, Manifest},
     publish::{Durability, Existing, Staging},
     sections::{Sections, write_sections},
@@ -58,7 +58,13 @@ pub fn flatten(
         debug_assert!(phase != Phase::Memory || record.name == MEMORY_IMAGE);
         let image = ImageReader::open(&snapshot, &record.name)?;
         let written = run.phase(phase, |control| {
-            write_image(&mut staging, &record.name, &ImageSource::new(&image), control)
+            write_image(
+                &mut staging,
+                &record.name,
+                &ImageSource::new(&image),
+                ImageOptions::default(),
+                control,
+            )
         })?;
         if written.record.digest != record.digest {
             return Err(FormatError::Digest {

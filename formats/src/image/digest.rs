@@ -32,7 +32,8 @@ pub fn digest_file(path: &Path, control: Control<'_>) -> Result<ImageDigest, For
     digest_source(&name, &source, control)
 }
 
-/// The image digest of what `source` holds, on all cores. `name` stands in errors.
+/// The image digest of what `source` holds, on all cores. Chunks whose digest the source knows are not
+/// read. `name` stands in errors.
 pub fn digest_source(
     name: &str,
     source: &dyn Source,
@@ -44,6 +45,9 @@ pub fn digest_source(
     let mut zeros = 0;
     let new_worker = || Ok(vec![0; CHUNK_SIZE as usize]);
     let work = |buffer: &mut Vec<u8>, chunk| {
+        if let Some(known) = layout.known_digest(source, chunk) {
+            return Ok(known);
+        }
         Ok(match read_chunk(name, source, layout, chunk, buffer)? {
             Content::Zero => zero,
             Content::Data => Digest::of(buffer),

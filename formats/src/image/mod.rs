@@ -26,21 +26,21 @@ pub use digest::{ImageDigest, digest_file, digest_reader, digest_source};
 pub use index::{Index, RECORD_LEN, Record};
 pub use read::{ChunkReader, ImageReader, Loaded};
 pub use source::{FileSource, ImageSource};
-pub use write::{WrittenImage, write_diff, write_image};
+pub use write::{ImageOptions, WrittenImage, write_diff, write_image};
 
 use crate::{digest::Digest, error::FormatError};
 
-/// Size of a chunk as this build writes it, in bytes.
+/// Size of a chunk unless a writer is told otherwise, in bytes.
 pub const CHUNK_SIZE: u32 = 64 << 10;
-/// Smallest chunk size that can be read: Apple's page.
+/// Smallest chunk size in bytes: Apple's page.
 pub const MIN_CHUNK_SIZE: u32 = 16 << 10;
-/// Largest chunk size that can be read, in bytes.
+/// Largest chunk size in bytes.
 pub const MAX_CHUNK_SIZE: u32 = 4 << 20;
 /// Largest raw image, in bytes.
 pub const MAX_SIZE: u64 = 16 << 40;
 /// Granularity of a patch in bytes: the guest's smallest page.
 pub const PAGE_SIZE: usize = 4096;
-/// The zstd level of the frames.
+/// The zstd level of the frames unless a writer is told otherwise.
 pub const LEVEL: i32 = 1;
 
 /// Chunks that a worker takes at once. Large enough for sequential I/O, small enough for all cores to
@@ -55,6 +55,13 @@ pub trait Source: Sync {
     /// Reads the bytes at `offset` into all of `into`, which lies inside the image; or answers
     /// [`Content::Zero`] if they are known to be zero without reading, and leaves `into` as it is.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content>;
+
+    /// blake3 of the `len` bytes at `offset`, if it is known without reading: nobody has written to them
+    /// since they were digested. Asked for whole chunks only, of the chunk size of whoever asks. A wrong
+    /// answer makes a wrong image.
+    fn known_digest(&self, _offset: u64, _len: usize) -> Option<Digest> {
+        None
+    }
 }
 
 /// What a [`Source`] found.
@@ -164,6 +171,15 @@ impl Layout {
 
     fn offset(self, chunk: u64) -> u64 {
         chunk * u64::from(self.chunk_size)
+    }
+
+    /// The digest of `chunk`, if it is a whole one and `source` knows it without reading.
+    fn known_digest(self, source: &dyn Source, chunk: u64) -> Option<Digest> {
+        let len = self.len(chunk);
+        match len == self.chunk_size as usize {
+            true => source.known_digest(self.offset(chunk), len),
+            false => None,
+        }
     }
 
     /// Bytes of the raw image in a chunk: less than the chunk size in the last one.

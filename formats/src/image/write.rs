@@ -13,10 +13,47 @@ use std::{
 use zstd::bulk::Compressor;
 
 use super::{
-    CHUNK_SIZE, ChunkReader, Content, Control, ImageReader, LEVEL, Layout, PAGE_SIZE, Record,
-    Source, bitmap_len, digest::ImageHasher, digest::read_chunk, is_zero, zero_digest,
+    CHUNK_SIZE, ChunkReader, Content, Control, ImageReader, LEVEL, Layout, MAX_CHUNK_SIZE,
+    MIN_CHUNK_SIZE, PAGE_SIZE, Record, Source, bitmap_len, digest::ImageHasher, digest::read_chunk,
+    is_chunk_size, is_zero, zero_digest,
 };
 use crate::{digest::Digest, error::FormatError, manifest::ImageRecord, publish::Staging};
+
+/// How an image is stored. The raw bytes that are read back do not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageOptions {
+    /// Size of a chunk in bytes: a power of two from [`MIN_CHUNK_SIZE`](super::MIN_CHUNK_SIZE) to
+    /// [`MAX_CHUNK_SIZE`](super::MAX_CHUNK_SIZE). The image digest depends on it.
+    pub chunk_size: u32,
+    /// The zstd level of the frames.
+    pub level: i32,
+}
+
+impl Default for ImageOptions {
+    fn default() -> Self {
+        Self { chunk_size: CHUNK_SIZE, level: LEVEL }
+    }
+}
+
+impl ImageOptions {
+    /// Whether the image `name` can be written so.
+    fn check(&self, name: &str) -> Result<(), FormatError> {
+        let Self { chunk_size, level } = *self;
+        if !is_chunk_size(chunk_size) {
+            let why = format!(
+                "{chunk_size}, it must be a power of two from {MIN_CHUNK_SIZE} to {MAX_CHUNK_SIZE}"
+            );
+            return Err(FormatError::field(name, "chunk size", why));
+        }
+        let levels = zstd::compression_level_range();
+        if !levels.contains(&level) {
+            let (least, most) = (levels.start(), levels.end());
+            let why = format!("{level}, zstd has {least} to {most}");
+            return Err(FormatError::field(name, "compression level", why));
+        }
+        Ok(())
+    }
+}
 
 /// What [`write_image`] wrote.
 #[derive(Clone, Debug)]
@@ -40,25 +77,27 @@ pub fn write_image(
     staging: &mut Staging,
     name: &str,
     source: &dyn Source,
+    options: ImageOptions,
     control: Control<'_>,
 ) -> Result<WrittenImage, FormatError> {
-    write(staging, name, source, None, control)
+    write(staging, name, source, None, options, control)
 }
 
 /// Writes `source` as the image `name` into `staging`, as a difference to `base`, the image of that name in
 /// the parent. What is equal is found by the digests of chunks and by comparing pages, so the image read
-/// back is `source`, whatever wrote to it. A base of another size or chunk size does not serve, and all is
-/// written.
+/// back is `source`, whatever wrote to it; a chunk whose digest the source knows and the base has is not
+/// read. A base of another size or chunk size does not serve, and all is written.
 pub fn write_diff(
     staging: &mut Staging,
     name: &str,
     source: &dyn Source,
     base: &ImageReader,
+    options: ImageOptions,
     control: Control<'_>,
 ) -> Result<WrittenImage, FormatError> {
     let record = base.record();
-    let serves = (record.size, record.chunk_size) == (source.size(), CHUNK_SIZE);
-    write(staging, name, source, serves.then_some(base), control)
+    let serves = (record.size, record.chunk_size) == (source.size(), options.chunk_size);
+    write(staging, name, source, serves.then_some(base), options, control)
 }
 
 fn write(
@@ -66,23 +105,25 @@ fn write(
     name: &str,
     source: &dyn Source,
     base: Option<&ImageReader>,
+    options: ImageOptions,
     control: Control<'_>,
 ) -> Result<WrittenImage, FormatError> {
-    let layout = Layout { size: source.size(), chunk_size: CHUNK_SIZE };
+    options.check(name)?;
+    let layout = Layout { size: source.size(), chunk_size: options.chunk_size };
     let mut record = ImageRecord {
         name: name.to_owned(),
         size: layout.size,
-        chunk_size: CHUNK_SIZE,
+        chunk_size: layout.chunk_size,
         digest: Digest([0; 32]),
     };
     let mut index = staging.create(&record.index_file())?;
     let mut data = staging.create(&record.data_file())?;
-    let zero = zero_digest(CHUNK_SIZE);
+    let zero = zero_digest(layout.chunk_size);
     let mut hasher = ImageHasher::new();
     let mut written: HashMap<Digest, Record> = HashMap::new();
     let (mut zeros, mut duplicate, mut parent, mut patched) = (0, 0, 0, 0);
     let claims = Mutex::new(HashMap::new());
-    let new_worker = || Worker::new(name, base);
+    let new_worker = || Worker::new(name, base, options, zero);
     let work = |worker: &mut Worker<'_>, chunk| worker.chunk(name, source, layout, chunk, &claims);
     run_in_order(layout, control, new_worker, work, |chunk, done: Chunk| {
         let raw = layout.len(chunk) as u64;
@@ -159,6 +200,8 @@ enum Chunk {
 }
 
 struct Worker<'a> {
+    /// The digest of a chunk of zeros.
+    zero: Digest,
     raw: Vec<u8>,
     compressor: Compressor<'static>,
     /// The parent's image and a reader of its chunks.
@@ -166,14 +209,19 @@ struct Worker<'a> {
 }
 
 impl<'a> Worker<'a> {
-    fn new(name: &str, base: Option<&'a ImageReader>) -> Result<Self, FormatError> {
+    fn new(
+        name: &str,
+        base: Option<&'a ImageReader>,
+        options: ImageOptions,
+        zero: Digest,
+    ) -> Result<Self, FormatError> {
         let compressor =
-            Compressor::new(LEVEL).map_err(|e| FormatError::io(name, "compress", e))?;
+            Compressor::new(options.level).map_err(|e| FormatError::io(name, "compress", e))?;
         let base = match base {
             Some(base) => Some((base, base.chunks(0)?)),
             None => None,
         };
-        Ok(Self { raw: vec![0; CHUNK_SIZE as usize], compressor, base })
+        Ok(Self { zero, raw: vec![0; options.chunk_size as usize], compressor, base })
     }
 
     fn chunk(
@@ -184,6 +232,16 @@ impl<'a> Worker<'a> {
         chunk: u64,
         claims: &Mutex<HashMap<Digest, u64>>,
     ) -> Result<Chunk, FormatError> {
+        if let Some(digest) = layout.known_digest(source, chunk) {
+            if digest == self.zero {
+                return Ok(Chunk::Zero);
+            }
+            if let Some((base, _)) = &self.base
+                && base.index().digest(chunk) == digest
+            {
+                return Ok(Chunk::Parent { digest });
+            }
+        }
         if read_chunk(name, source, layout, chunk, &mut self.raw)? == Content::Zero {
             return Ok(Chunk::Zero);
         }
@@ -377,4 +435,144 @@ impl<T> Drop for CloseOnPanic<'_, T> {
 /// Locks; nothing under these locks can be left half done by a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    };
+
+    use super::*;
+    use crate::{
+        image::{digest_source, tests::Bytes},
+        publish::Existing,
+        snapshot_dir::Snapshot,
+    };
+
+    const CHUNK: usize = CHUNK_SIZE as usize;
+
+    /// A source that knows the digests of all its chunks and counts what it has to read.
+    struct Knows {
+        bytes: Bytes,
+        trusted: AtomicBool,
+        read: AtomicU64,
+    }
+
+    impl Knows {
+        fn new(bytes: Vec<u8>) -> Self {
+            Self { bytes: Bytes(bytes), trusted: true.into(), read: 0.into() }
+        }
+    }
+
+    impl Source for Knows {
+        fn size(&self) -> u64 {
+            self.bytes.size()
+        }
+
+        fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+            self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
+            self.bytes.read(offset, into)
+        }
+
+        fn known_digest(&self, offset: u64, len: usize) -> Option<Digest> {
+            assert_eq!((offset % CHUNK as u64, len), (0, CHUNK), "a whole chunk");
+            let known = self.trusted.load(Ordering::Relaxed);
+            known.then(|| Digest::of(&self.bytes.0[offset as usize..][..len]))
+        }
+    }
+
+    /// Three and a half chunks: data, zeros, data, data.
+    fn bytes(fill: u8) -> Vec<u8> {
+        let mut bytes = vec![fill; 3 * CHUNK + CHUNK / 2];
+        bytes[CHUNK..2 * CHUNK].fill(0);
+        bytes[2 * CHUNK..].fill(0x22);
+        bytes
+    }
+
+    /// A published image `memory` of those bytes, and the folder that keeps it.
+    fn base(bytes: Vec<u8>, options: ImageOptions) -> (tempfile::TempDir, ImageReader) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut staging = Staging::new(&dir.path().join("base"), Existing::Refuse).unwrap();
+        staging.finish(staging.create("state").unwrap()).unwrap();
+        let image = write_image(&mut staging, "memory", &Bytes(bytes), options, Control::default());
+        let mut manifest = crate::manifest::tests::sample();
+        manifest.machine.disks.clear();
+        manifest.sections.clear();
+        manifest.images = vec![image.unwrap().record];
+        manifest.machine.memory_size = manifest.images[0].size;
+        staging.publish(manifest).unwrap();
+        let snapshot = Snapshot::open(&dir.path().join("base")).unwrap();
+        let image = ImageReader::open(&snapshot, "memory").unwrap();
+        (dir, image)
+    }
+
+    fn diff(source: &Knows, base: &ImageReader, options: ImageOptions) -> WrittenImage {
+        let dir = tempfile::tempdir().unwrap();
+        let mut staging = Staging::new(&dir.path().join("diff"), Existing::Refuse).unwrap();
+        write_diff(&mut staging, "memory", source, base, options, Control::default()).unwrap()
+    }
+
+    #[test]
+    fn a_chunk_whose_digest_is_known_and_the_parents_is_not_read() {
+        let (_keep, base) = base(bytes(0x11), ImageOptions::default());
+        let source = Knows::new(bytes(0x11));
+        let written = diff(&source, &base, ImageOptions::default());
+        assert_eq!(written.record.digest, base.record().digest);
+        // Only the last chunk, which is not a whole one, was read.
+        assert_eq!(source.read.into_inner(), CHUNK as u64 / 2);
+        assert_eq!(written.zero, CHUNK as u64);
+        assert_eq!((written.parent, written.stored), (2 * CHUNK as u64 + CHUNK as u64 / 2, 0));
+    }
+
+    #[test]
+    fn a_known_digest_that_is_not_the_parents_still_reads() {
+        let (_keep, base) = base(bytes(0x77), ImageOptions::default());
+        let source = Knows::new(bytes(0x11));
+        let known = diff(&source, &base, ImageOptions::default());
+        assert_eq!(source.read.swap(0, Ordering::Relaxed), CHUNK as u64 + CHUNK as u64 / 2);
+        source.trusted.store(false, Ordering::Relaxed);
+        let unknown = diff(&source, &base, ImageOptions::default());
+        assert_eq!(source.read.into_inner(), source.bytes.size());
+        assert_eq!(known.record.digest, unknown.record.digest);
+        assert_eq!((known.parent, known.stored), (unknown.parent, unknown.stored));
+        assert!(known.stored > 0);
+    }
+
+    #[test]
+    fn a_base_of_another_chunk_size_does_not_serve() {
+        let small = ImageOptions { chunk_size: MIN_CHUNK_SIZE, ..ImageOptions::default() };
+        let (_keep, base) = base(bytes(0x11), small);
+        let source = Knows::new(bytes(0x11));
+        let written = diff(&source, &base, ImageOptions::default());
+        assert_eq!((written.parent, written.record.chunk_size), (0, CHUNK_SIZE));
+    }
+
+    #[test]
+    fn known_digests_are_not_read_for_an_image_digest() {
+        let source = Knows::new(bytes(0x11));
+        let known = digest_source("memory", &source, Control::default()).unwrap();
+        assert_eq!(source.read.swap(0, Ordering::Relaxed), CHUNK as u64 / 2);
+        source.trusted.store(false, Ordering::Relaxed);
+        assert_eq!(digest_source("memory", &source, Control::default()).unwrap(), known);
+        assert_eq!(known.zero, CHUNK as u64);
+    }
+
+    #[test]
+    fn options_that_no_image_has_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let ImageOptions { chunk_size, level } = ImageOptions::default();
+        for (options, expected) in [
+            (ImageOptions { chunk_size: 4096, level }, "memory: chunk size: 4096"),
+            (ImageOptions { chunk_size: 8 << 20, level }, "memory: chunk size: 8388608"),
+            (ImageOptions { chunk_size, level: 23 }, "memory: compression level: 23"),
+        ] {
+            let mut staging = Staging::new(&dir.path().join("snap"), Existing::Refuse).unwrap();
+            let source = Bytes(vec![1; 10]);
+            let refused = write_image(&mut staging, "memory", &source, options, Control::default());
+            let text = refused.unwrap_err().to_string();
+            assert!(text.starts_with(expected), "{text}");
+        }
+    }
 }

@@ -10,7 +10,7 @@ use std::{
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{Content, Control, Sink, Source, write_image},
+    image::{Content, Control, ImageOptions, Sink, Source, write_image},
     manifest::{CpuIdentity, DiskRecord, DiskStorage, MachineInfo, Manifest},
     persist::Section,
     publish::{Existing, Staging},
@@ -97,8 +97,10 @@ pub(crate) fn sections() -> Vec<Section> {
 /// Writes everything but the manifest.
 pub(crate) fn stage(staging: &mut Staging, control: Control<'_>) -> Result<Manifest, FormatError> {
     let sections = write_sections(staging, &sections())?;
-    let memory = write_image(staging, "memory", &Bytes(memory()), control)?.record;
-    let disk = write_image(staging, "disk-root", &Bytes(disk()), control)?.record;
+    let memory =
+        write_image(staging, "memory", &Bytes(memory()), ImageOptions::default(), control)?.record;
+    let disk =
+        write_image(staging, "disk-root", &Bytes(disk()), ImageOptions::default(), control)?.record;
     Ok(Manifest {
         writer: "squib 0.3.0".into(),
         host: "linux x86_64".into(),

@@ -12,8 +12,8 @@ use squib_formats::{
     digest::Digest,
     error::FormatError,
     image::{
-        Control, ImageReader, ImageSource, PAGE_SIZE, Record, digest_reader, write_diff,
-        write_image,
+        Control, ImageOptions, ImageReader, ImageSource, PAGE_SIZE, Record, digest_reader,
+        write_diff, write_image,
     },
     manifest::{DiskStorage, Manifest},
     publish::{Existing, Staging},
@@ -51,9 +51,22 @@ fn put(
         let written = match &parent {
             Some(parent) => {
                 let base = ImageReader::open(parent, name)?;
-                write_diff(&mut staging, name, &source, &base, Control::default())?
+                write_diff(
+                    &mut staging,
+                    name,
+                    &source,
+                    &base,
+                    ImageOptions::default(),
+                    Control::default(),
+                )?
             }
-            None => write_image(&mut staging, name, &source, Control::default())?,
+            None => write_image(
+                &mut staging,
+                name,
+                &source,
+                ImageOptions::default(),
+                Control::default(),
+            )?,
         };
         manifest.images.push(written.record);
     }
@@ -152,7 +165,9 @@ fn a_chain_of_five_loads_and_flattens_to_equal_digests() {
         let image = ImageReader::open(&snapshot, name).unwrap();
         let mut staging = Staging::new(&dir.path().join("flat"), Existing::Refuse).unwrap();
         let source = ImageSource::new(&image);
-        let flat = write_image(&mut staging, name, &source, Control::default()).unwrap();
+        let flat =
+            write_image(&mut staging, name, &source, ImageOptions::default(), Control::default())
+                .unwrap();
         assert_eq!(flat.record, *image.record());
         assert_eq!(flat.record.digest, digest_reader(name, &mut &bytes[..]).unwrap().digest);
     }

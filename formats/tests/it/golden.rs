@@ -5,7 +5,7 @@ use std::{env, path::Path};
 use crate::common::{self, Bytes, Target};
 use squib_formats::{
     digest::Digest,
-    image::{Control, ImageReader, write_diff},
+    image::{Control, ImageOptions, ImageReader, write_diff},
     publish::{Existing, Staging},
     sections::{Sections, write_sections},
     snapshot_dir::Snapshot,
@@ -95,7 +95,16 @@ fn difference(path: &Path, parent: &Path) -> Digest {
     manifest.sections = write_sections(&mut staging, &common::sections()).unwrap();
     let mut written = |name: &str, bytes| {
         let base = ImageReader::open(&parent, name).unwrap();
-        write_diff(&mut staging, name, &Bytes(bytes), &base, Control::default()).unwrap().record
+        write_diff(
+            &mut staging,
+            name,
+            &Bytes(bytes),
+            &base,
+            ImageOptions::default(),
+            Control::default(),
+        )
+        .unwrap()
+        .record
     };
     manifest.images =
         vec![written("memory", changed_memory()), written("disk-root", common::disk())];

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{Control, ImageReader, Progress, digest_source, write_image},
+    image::{Control, ImageOptions, ImageReader, Progress, digest_source, write_image},
     manifest::Manifest,
     publish::{Existing, Staging},
     sections::{Sections, write_sections},
@@ -74,8 +74,14 @@ fn single_chunks_are_read_in_any_order() {
 fn equal_chunks_are_stored_once_and_zero_chunks_not_at_all() {
     let dir = tempfile::tempdir().unwrap();
     let mut staging = Staging::new(&dir.path().join("snap"), Existing::Refuse).unwrap();
-    let written =
-        write_image(&mut staging, "memory", &Bytes(common::memory()), Control::default()).unwrap();
+    let written = write_image(
+        &mut staging,
+        "memory",
+        &Bytes(common::memory()),
+        ImageOptions::default(),
+        Control::default(),
+    )
+    .unwrap();
     assert_eq!(written.zero, 12 << 16);
     assert_eq!(written.duplicate, 1 << 16);
     let noise = 1 << 16;
@@ -94,7 +100,10 @@ fn the_bytes_on_disk_do_not_depend_on_the_number_of_threads() {
         let control = threads(count);
         let mut manifest = common::stage(&mut staging, control).unwrap();
         let source = Bytes(bytes.clone());
-        let record = write_image(&mut staging, "disk-data", &source, control).unwrap().record;
+        let record =
+            write_image(&mut staging, "disk-data", &source, ImageOptions::default(), control)
+                .unwrap()
+                .record;
         let data = &mut manifest.machine.disks[1];
         data.storage = squib_formats::manifest::DiskStorage::Captured;
         (data.size, data.digest) = (record.size, record.digest);
@@ -126,7 +135,8 @@ fn progress_reaches_the_end_and_never_goes_back() {
     let mut staging = Staging::new(&dir.path().join("snap"), Existing::Refuse).unwrap();
     let control = Control { progress: &seen, ..threads(4) };
     let source = Bytes(vec![1; (50 << 16) + 5]);
-    let written = write_image(&mut staging, "memory", &source, control).unwrap();
+    let written =
+        write_image(&mut staging, "memory", &source, ImageOptions::default(), control).unwrap();
     let seen = seen.0.into_inner().unwrap();
     assert!(seen.is_sorted(), "{seen:?}");
     assert_eq!(*seen.last().unwrap(), ((50 << 16) + 5, (50 << 16) + 5, written.stored));
@@ -144,7 +154,13 @@ fn a_cancelled_write_ends_with_an_error_and_leaves_nothing() {
     let cancel = AtomicBool::new(false);
     let control = Control { progress: &CancelAt(&cancel), cancel: &cancel, ..threads(3) };
     let mut staging = Staging::new(&dir.path().join("snap"), Existing::Refuse).unwrap();
-    let result = write_image(&mut staging, "memory", &Bytes(vec![1; 99 << 16]), control);
+    let result = write_image(
+        &mut staging,
+        "memory",
+        &Bytes(vec![1; 99 << 16]),
+        ImageOptions::default(),
+        control,
+    );
     assert!(matches!(result, Err(FormatError::Cancelled)));
     drop(staging);
     assert_eq!(common::names(dir.path()), [""; 0]);
@@ -157,7 +173,10 @@ fn through_a_snapshot(bytes: &[u8], count: usize) -> Vec<u8> {
     let mut staging = Staging::new(&path, Existing::Refuse).unwrap();
     let sections = write_sections(&mut staging, &[]).unwrap();
     let source = Bytes(bytes.to_vec());
-    let image = write_image(&mut staging, "memory", &source, threads(count)).unwrap().record;
+    let image =
+        write_image(&mut staging, "memory", &source, ImageOptions::default(), threads(count))
+            .unwrap()
+            .record;
     let mut manifest: Manifest = {
         let (_keep, sample) = common::fresh();
         Snapshot::open(&sample).unwrap().manifest().clone()
