@@ -134,6 +134,19 @@ pub(crate) struct CreateArgs {
     /// End the VM once the snapshot is safe.
     #[arg(long)]
     pub(crate) stop: bool,
+    /// Let the guest go on as soon as its state is saved; its memory is written as it was at that moment.
+    #[arg(long, conflicts_with = "stop")]
+    pub(crate) live: bool,
+    /// zstd level of the snapshot's frames [default: 1].
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) level: Option<i32>,
+    /// Size of the chunks that are hashed, compressed and restored each on its own: a power of two from 16K
+    /// to 4M [default: 64K].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) chunk_size: Option<Size>,
+    /// Threads that hash and compress [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<std::num::NonZeroUsize>,
     /// Replace a snapshot that is there.
     #[arg(long)]
     pub(crate) force: bool,
@@ -159,6 +172,13 @@ pub(crate) struct RestoreArgs {
     /// Name of the VM [default: the one in the snapshot].
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// How memory comes back.
+    #[arg(long, value_enum, default_value_t = ModeArg::Lazy)]
+    pub(crate) mode: ModeArg,
+    /// Bring memory only when the guest needs it, and when the VM ends write down beside the snapshot what
+    /// that was and in which order: later restores bring it first.
+    #[arg(long)]
+    pub(crate) record: bool,
     /// Use this file as the snapshot's disk of that id; its bytes have to be those of the snapshot.
     #[arg(long = "disk", value_name = "ID=PATH")]
     pub(crate) disks: Vec<DiskPlace>,
@@ -183,6 +203,16 @@ pub(crate) struct RestoreArgs {
     pub(crate) paused: bool,
     #[command(flatten)]
     pub(crate) common: VmArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// All of it before the guest runs.
+    Eager,
+    /// The guest runs at once; a chunk comes when it is first touched, and the others meanwhile.
+    Lazy,
+    /// A copy-on-write view of a raw file in the cache folder, which the first such restore makes.
+    Template,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use squib_formats::manifest::MEMORY_IMAGE;
+use squib_formats::{image::ImageOptions, manifest::MEMORY_IMAGE};
 use squib_snapshot::{
     Durability, Existing,
     capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, capture},
@@ -87,6 +87,7 @@ pub(crate) fn write(
     gauge: &Gauge,
     give_up: &Arc<AtomicBool>,
 ) -> anyhow::Result<SnapshotReport> {
+    let image = ImageOptions::default();
     let options = CaptureOptions {
         existing: if params.force { Existing::Replace } else { Existing::Refuse },
         durability: match params.durability {
@@ -96,7 +97,16 @@ pub(crate) fn write(
         pause_deadline: PAUSE_DEADLINE,
         parent: params.parent_path.clone(),
         after: if params.stop { After::Stop } else { After::GoOn },
-        run: Run { observer: gauge, cancel: give_up, ..Run::default() },
+        live: params.live,
+        image: ImageOptions {
+            chunk_size: params.chunk_size.unwrap_or(image.chunk_size),
+            level: params.level.unwrap_or(image.level),
+        },
+        run: Run {
+            observer: gauge,
+            cancel: give_up,
+            threads: params.threads.unwrap_or(Run::default().threads),
+        },
         ..CaptureOptions::default()
     };
     gauge.writing(Some(give_up));

@@ -217,12 +217,8 @@ fn the_client_gets_a_report_and_stop_follows_the_snapshot() {
     );
     let params = SnapshotCreateParams {
         snapshot_path: "/s".into(),
-        mem_file_path: None,
-        snapshot_type: None,
-        parent_path: None,
-        force: false,
         stop: true,
-        durability: None,
+        ..SnapshotCreateParams::default()
     };
     let report = client.snapshot(&params).unwrap();
     assert_eq!(report.disks[0].bytes, 512);

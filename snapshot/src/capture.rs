@@ -3,10 +3,11 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use squib_devices::memory::GuestRam;
+use squib_devices::{granules::Frozen, memory::RamStore};
 use squib_formats::{
     chain::MAX_CHAIN,
     digest::Digest,
@@ -30,7 +31,7 @@ use squib_vmm::{
 pub use crate::disks::DiskError;
 use crate::{
     config, disks,
-    memory::RamSource,
+    memory::{PublishedBaseline, RamSource},
     observe::{Phase, Run},
 };
 
@@ -52,8 +53,9 @@ pub trait Guest: Sync {
     fn stop(&self);
     /// Its state at rest, but for memory and disks.
     fn save(&self) -> Result<Vec<Section>, MachineError>;
-    /// Its memory.
-    fn ram(&self) -> &GuestRam;
+    /// The memory of the paused machine as it is now, for reading while it goes on: see
+    /// [`Machine::freeze`].
+    fn freeze(&self, limit: u64) -> Result<Frozen<RamStore>, MachineError>;
     /// What it sees of its CPUs.
     fn cpu_identity(&self) -> CpuIdentity;
     /// The wall time that goes into the manifest, in nanoseconds since 1970-01-01 00:00 UTC. For a
@@ -94,8 +96,8 @@ impl Guest for Machine {
         Machine::save(self)
     }
 
-    fn ram(&self) -> &GuestRam {
-        Machine::ram(self)
+    fn freeze(&self, limit: u64) -> Result<Frozen<RamStore>, MachineError> {
+        Machine::freeze(self, limit)
     }
 
     fn cpu_identity(&self) -> CpuIdentity {
@@ -141,6 +143,14 @@ pub struct CaptureOptions<'a> {
     pub pause_deadline: Duration,
     /// What happens to the guest.
     pub after: After,
+    /// Let the guest go on as soon as its state is saved, while memory is written as it was at that moment.
+    /// Not together with [`After::Stop`], which has nothing to go on.
+    pub live: bool,
+    /// Most bytes of memory that a live capture puts aside when the guest writes to them before they are
+    /// stored. Then the guest waits where it writes.
+    pub aside: u64,
+    /// How images are stored.
+    pub image: ImageOptions,
     /// Disks by id; those not named are captured if the guest can write to them, else referenced.
     pub disks: BTreeMap<String, DiskMode>,
     /// Make it a difference to this snapshot, which must stay for as long as the new one is wanted.
@@ -152,13 +162,17 @@ pub struct CaptureOptions<'a> {
 }
 
 impl Default for CaptureOptions<'_> {
-    /// Refuses an existing snapshot, syncs everything, two seconds to come to rest, the guest goes on.
+    /// Refuses an existing snapshot, syncs everything, two seconds to come to rest, the guest goes on once
+    /// everything has been read; a live capture puts at most 256 MiB aside.
     fn default() -> Self {
         Self {
             existing: Existing::Refuse,
             durability: Durability::Full,
             pause_deadline: Duration::from_secs(2),
             after: After::GoOn,
+            live: false,
+            aside: 256 << 20,
+            image: ImageOptions::default(),
             disks: BTreeMap::new(),
             parent: None,
             limit: None,
@@ -199,6 +213,8 @@ pub struct CaptureTimings {
     pub publish: Duration,
     /// The guest stood still for so long because of the capture; zero if it was paused before.
     pub downtime: Duration,
+    /// How often the guest had to wait in a live capture, since too much had been put aside.
+    pub throttled: u64,
     /// All of it.
     pub total: Duration,
 }
@@ -267,16 +283,25 @@ pub fn capture(
     let created = guest.wall_ns();
     timings.state = started.elapsed();
 
+    let frozen = guest.freeze(options.aside)?;
+    let mut paused = Some(paused);
+    let settled = disks.iter().all(Disk::reads_later);
+    if options.live && options.after == After::GoOn && settled {
+        timings.downtime = paused.take().map_or(Ok(Duration::ZERO), Paused::go_on)?;
+    }
+
     let started = Instant::now();
+    let base = parent.and_then(|parent| parent.image(MEMORY_IMAGE)).map(ImageReader::index);
     let memory = run.phase(Phase::Memory, |control| {
-        write(&mut staging, MEMORY_IMAGE, &RamSource::new(guest.ram()), parent, control)
+        let source = RamSource::new(&frozen, base);
+        write(&mut staging, MEMORY_IMAGE, &source, parent, options.image, control)
     })?;
     timings.memory = started.elapsed();
 
     let started = Instant::now();
     let (mut images, mut captured) = (vec![memory.record.clone()], Vec::new());
     for disk in disks.iter_mut().filter(|disk| !disk.reads_later()) {
-        if let Some(image) = disk.take(&mut staging, parent, run)? {
+        if let Some(image) = disk.take(&mut staging, parent, options.image, run)? {
             images.push(image.record.clone());
             captured.push((disk.config.id.clone(), image));
         }
@@ -284,13 +309,14 @@ pub fn capture(
     timings.disks = started.elapsed();
 
     // From here on nothing is read that the guest could change.
-    let (paused, mut downtime) = match options.after {
-        After::GoOn => (None, paused.go_on()?),
-        After::Stop => (Some(paused), Duration::ZERO),
-    };
+    if options.after == After::GoOn
+        && let Some(paused) = paused.take()
+    {
+        timings.downtime = paused.go_on()?;
+    }
     let started = Instant::now();
     for disk in disks.iter_mut().filter(|disk| disk.reads_later()) {
-        disk.take(&mut staging, parent, run)?;
+        disk.take(&mut staging, parent, options.image, run)?;
     }
     timings.disks += started.elapsed();
 
@@ -310,10 +336,14 @@ pub fn capture(
     let stored = staging.stored();
     let id = run.phase(Phase::Publish, |_| staging.publish(manifest))?;
     timings.publish = started.elapsed();
-    if let Some(paused) = paused {
-        downtime = paused.stop();
+    let granule_size = frozen.granule_size();
+    timings.throttled = frozen.throttled();
+    if granule_size == u64::from(memory.record.chunk_size) {
+        frozen.keep(Arc::new(PublishedBaseline::new(output, id, MEMORY_IMAGE)));
     }
-    timings.downtime = downtime;
+    if let Some(paused) = paused {
+        timings.downtime = paused.stop();
+    }
     timings.total = start.elapsed();
     Ok(Captured { id, path: output.to_owned(), memory, disks: captured, stored, timings })
 }
@@ -344,6 +374,10 @@ impl Parent {
         Ok(Self { snapshot, images })
     }
 
+    fn image(&self, name: &str) -> Option<&ImageReader> {
+        self.images.iter().find(|image| image.record().name == name)
+    }
+
     /// Where it is, if that can be written down.
     fn hint(&self) -> Option<String> {
         let hint = self.snapshot.path().to_str()?;
@@ -357,12 +391,12 @@ fn write(
     name: &str,
     source: &dyn Source,
     parent: Option<&Parent>,
+    options: ImageOptions,
     control: Control<'_>,
 ) -> Result<WrittenImage, FormatError> {
-    let base = parent.and_then(|parent| parent.images.iter().find(|i| i.record().name == name));
-    match base {
-        Some(base) => write_diff(staging, name, source, base, ImageOptions::default(), control),
-        None => write_image(staging, name, source, ImageOptions::default(), control),
+    match parent.and_then(|parent| parent.image(name)) {
+        Some(base) => write_diff(staging, name, source, base, options, control),
+        None => write_image(staging, name, source, options, control),
     }
 }
 
@@ -457,12 +491,13 @@ impl<'a> Disk<'a> {
         &mut self,
         staging: &mut Staging,
         parent: Option<&Parent>,
+        options: ImageOptions,
         run: &Run<'_>,
     ) -> Result<Option<WrittenImage>, FormatError> {
         run.phase(Phase::Disk(self.config.id.clone()), |control| match self.mode {
             DiskMode::Capture => {
                 let name = format!("disk-{}", self.config.id);
-                let image = write(staging, &name, &self.source, parent, control)?;
+                let image = write(staging, &name, &self.source, parent, options, control)?;
                 self.digest = image.record.digest;
                 Ok(Some(image))
             }

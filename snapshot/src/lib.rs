@@ -21,6 +21,7 @@ pub mod restore;
 pub mod verify;
 
 pub use disks::ChangedDisks;
+pub use memory::{CacheError, Template, TemplateCache, TemplateInfo};
 pub use squib_formats::{
     error::FormatError,
     publish::{Durability, Existing},

@@ -5,10 +5,11 @@ use std::{
     fmt,
     io::Write,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use squib_devices::memory::GuestRam;
+use squib_devices::{granules::Baseline, memory::GuestRam};
 use squib_formats::{
     digest::Digest,
     error::FormatError,
@@ -28,9 +29,26 @@ use crate::{
     compat::{self, Mismatch},
     config,
     disks::{self, ChangedDisks, CheckError, Made},
-    memory::RamSink,
+    memory::{self, CacheError, ImageBaseline, Loader, PublishedBaseline, TemplateCache},
     observe::{Phase, Run},
 };
+
+/// How guest memory comes back. The guest sees the same bytes in all of these, and each is verified before it
+/// is used.
+#[derive(Clone, Debug, Default)]
+pub enum MemoryLoad {
+    /// All of it before the guest runs, on all cores.
+    Eager,
+    /// The guest runs at once; a chunk is brought when it is first touched, and a thread brings the others
+    /// meanwhile. A chunk that is damaged or cannot be read ends the machine.
+    #[default]
+    Lazy,
+    /// As [`Lazy`](Self::Lazy) without that thread, so that the machine's granules
+    /// [record](squib_devices::granules::Granules::recorded) what the guest needs.
+    Record,
+    /// As a copy-on-write view of a template in this cache, which is made first if need be.
+    Template(TemplateCache),
+}
 
 /// Choices of a restore.
 #[derive(Clone, Default)]
@@ -46,6 +64,8 @@ pub struct RestoreOptions<'a> {
     pub changed_disks: ChangedDisks,
     /// Where else to look for the snapshots that a difference builds on: snapshots, or directories of them.
     pub parents: Vec<PathBuf>,
+    /// How memory comes back.
+    pub memory: MemoryLoad,
     /// Identity and time of the machine.
     pub machine: machine::RestoreOptions,
     /// How it runs.
@@ -62,7 +82,7 @@ pub struct Restored {
     pub manifest: Manifest,
     /// Disks that were made from the snapshot: id and path. They belong to the caller.
     pub disks: Vec<(String, PathBuf)>,
-    /// What was read of the memory's image.
+    /// What was read of the memory's image before the guest could run; all zero unless it was eager.
     pub memory: Loaded,
     /// How long it took.
     pub timings: RestoreTimings,
@@ -75,7 +95,7 @@ pub struct RestoreTimings {
     pub open: Duration,
     /// Making or checking disks.
     pub disks: Duration,
-    /// Loading memory.
+    /// Loading memory, or making it ready to be loaded.
     pub memory: Duration,
     /// Putting the machine together and giving it its state.
     pub machine: Duration,
@@ -110,16 +130,27 @@ pub enum RestoreError {
         /// The first of them.
         id: String,
     },
+    /// The template cannot be made or used.
+    #[error(transparent)]
+    Template(#[from] CacheError),
+    /// Memory for the guest could not be had.
+    #[error("{size} bytes of guest memory: {source}")]
+    Memory {
+        /// Bytes asked for.
+        size: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The machine cannot be made, or a section is not for it.
     #[error(transparent)]
-    Machine(MachineError),
+    Machine(#[from] MachineError),
 }
 
 /// Brings the snapshot at `path` back as a paused machine. What the guest writes to its console goes to
 /// `console`.
 ///
 /// Before any byte of memory is loaded: header, manifest, every section's and index's digest, the
-/// machine's configuration, disks, and whether this host's CPU is the same.
+/// machine's configuration, whether this host's CPU is the same, and disks.
 pub fn restore(
     path: &Path,
     options: &RestoreOptions<'_>,
@@ -128,7 +159,7 @@ pub fn restore(
     let start = Instant::now();
     let opened = Opened::new(path, options)?;
     let mut timings = RestoreTimings { open: start.elapsed(), ..RestoreTimings::default() };
-    let Opened { snapshot, sections, mut config, memory, disks } = opened;
+    let Opened { snapshot, sections, mut config, disks } = opened;
 
     let started = Instant::now();
     let mut made = Made::default();
@@ -143,46 +174,29 @@ pub fn restore(
     timings.disks = started.elapsed();
 
     let started = Instant::now();
-    let mut loaded = (Loaded::default(), Duration::ZERO);
-    let fill = |ram: &GuestRam, host: &hypervisor::CpuIdentity| {
-        let started = Instant::now();
-        let host = config::identity(host.clone());
-        let mismatches = compat::compare(&snapshot.manifest().cpu, &host);
-        if !mismatches.is_empty() {
-            return Err(RestoreError::Incompatible(mismatches));
-        }
-        let sink = RamSink(ram);
-        let memory = options.run.phase(Phase::Memory, |control| memory.load(&sink, control))?;
-        loaded = (memory, started.elapsed());
-        Ok(())
-    };
+    let Memory { ram, loaded, prefetch } = Memory::new(&snapshot, options)?;
+    timings.memory = started.elapsed();
+
+    let started = Instant::now();
     options.run.observer.begin(&Phase::Machine);
-    let machine = Machine::restore(config, sections.into_rest(), options.machine, console, fill)
-        .map_err(RestoreError::from_machine)?;
+    let (ours, sections) = (ram.clone(), sections.into_rest());
+    let machine = Machine::restore(config, sections, options.machine, ours, console)?;
+    if prefetch {
+        let loader = Loader::start(ram.granules(), Vec::new());
+        let size = ram.size();
+        machine.attach(Box::new(loader.map_err(|source| RestoreError::Memory { size, source })?));
+    }
     made.keep();
-    (timings.memory, timings.machine) = (loaded.1, started.elapsed().saturating_sub(loaded.1));
+    timings.machine = started.elapsed();
     timings.total = start.elapsed();
     Ok(Restored {
         machine,
         id: snapshot.id(),
         manifest: snapshot.manifest().clone(),
         disks: new_disks,
-        memory: loaded.0,
+        memory: loaded,
         timings,
     })
-}
-
-impl RestoreError {
-    /// What the memory's loader said comes back through the machine as it was.
-    fn from_machine(error: MachineError) -> Self {
-        match error {
-            MachineError::Fill(error) => match error.downcast::<Self>() {
-                Ok(error) => *error,
-                Err(error) => Self::Machine(MachineError::Fill(error)),
-            },
-            error => Self::Machine(error),
-        }
-    }
 }
 
 impl From<CheckError> for RestoreError {
@@ -199,7 +213,6 @@ struct Opened {
     snapshot: Snapshot,
     sections: Sections,
     config: MachineConfig,
-    memory: ImageReader,
     /// Images of the disks that are to be made, by id.
     disks: Vec<(String, ImageReader)>,
 }
@@ -219,8 +232,12 @@ impl Opened {
         if let Some(id) = options.disk_places.keys().find(|id| !known(id)) {
             return Err(RestoreError::NoSuchDisk { id: id.clone() });
         }
+        let host = hypervisor::identity(&config).map_err(MachineError::from)?;
+        let mismatches = compat::compare(&manifest.cpu, &config::identity(host));
+        if !mismatches.is_empty() {
+            return Err(RestoreError::Incompatible(mismatches));
+        }
         let sections = Sections::read(&snapshot)?;
-        let memory = ImageReader::open(&snapshot, MEMORY_IMAGE)?;
         let mut disks = Vec::new();
         for disk in records {
             if disk.storage == DiskStorage::Captured && !options.disk_places.contains_key(&disk.id)
@@ -231,7 +248,55 @@ impl Opened {
                 disks.push((disk.id.clone(), ImageReader::open(&snapshot, &disk.image_name())?));
             }
         }
-        Ok(Self { snapshot, sections, config, memory, disks })
+        Ok(Self { snapshot, sections, config, disks })
+    }
+}
+
+/// Guest memory, ready for the guest.
+struct Memory {
+    ram: GuestRam,
+    loaded: Loaded,
+    /// Whether a thread is to bring what is not there.
+    prefetch: bool,
+}
+
+impl Memory {
+    fn new(snapshot: &Snapshot, options: &RestoreOptions<'_>) -> Result<Self, RestoreError> {
+        let record = snapshot.manifest().image(MEMORY_IMAGE)?;
+        let failed = |source| RestoreError::Memory { size: record.size, source };
+        let open = || ImageReader::open(snapshot, MEMORY_IMAGE).map(Arc::new);
+        let with = |ram: GuestRam, baseline: Arc<dyn Baseline>, loaded, prefetch| {
+            ram.granules().set_baseline(baseline);
+            Ok(Self { ram, loaded, prefetch })
+        };
+        options.run.phase(Phase::Memory, |control| match &options.memory {
+            MemoryLoad::Eager => {
+                let image = open()?;
+                let ram = memory::absent_ram(&image).map_err(failed)?;
+                let loaded = memory::load_all(&ram, &image, control)?;
+                with(ram, Arc::new(ImageBaseline(image)), loaded, false)
+            }
+            MemoryLoad::Lazy | MemoryLoad::Record => {
+                let image = open()?;
+                let ram = memory::absent_ram(&image).map_err(failed)?;
+                memory::load_lazily(&ram, &image);
+                let record = matches!(options.memory, MemoryLoad::Record);
+                if record {
+                    ram.granules().start_recording();
+                }
+                with(ram, Arc::new(ImageBaseline(image)), Loaded::default(), !record)
+            }
+            MemoryLoad::Template(cache) => {
+                let template = match cache.find(record)? {
+                    Some(template) => template,
+                    None => cache.get(&*open()?, control)?,
+                };
+                let ram = template.map().map_err(failed)?;
+                let (path, id) = (snapshot.path(), snapshot.id());
+                let baseline = PublishedBaseline::new(path, id, MEMORY_IMAGE);
+                with(ram, Arc::new(baseline), Loaded::default(), false)
+            }
+        })
     }
 }
 

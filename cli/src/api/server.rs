@@ -193,6 +193,9 @@ fn check(params: SnapshotCreateParams) -> Result<SnapshotCreateParams, Fault> {
         }
         _ => {}
     }
+    if params.live && params.stop {
+        return Err(Fault("live: a VM that is stopped has nothing to go on for".into()));
+    }
     let own = params.snapshot_path.join("memory.zst");
     if let Some(path) = params.mem_file_path.as_ref().filter(|path| **path != own) {
         return Err(Fault(format!(

@@ -51,7 +51,7 @@ pub enum VmState {
 /// A snapshot of squib's is one directory. `snapshot_path` names it; `mem_file_path`, which
 /// Firecracker demands, may be left out, or has to be `memory.zst` in that directory, where the memory
 /// goes anyway.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreateParams {
     /// The directory to write. Relative paths are relative to the VM's process.
@@ -72,6 +72,19 @@ pub struct SnapshotCreateParams {
     /// squib: end the VM once the snapshot is safe.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stop: bool,
+    /// squib: let the guest go on as soon as its state is saved, while memory is written as it was then. Not
+    /// together with `stop`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live: bool,
+    /// squib: zstd level of the frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub level: Option<i32>,
+    /// squib: size of a chunk in bytes, a power of two from 16 KiB to 4 MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk_size: Option<u32>,
+    /// squib: threads that hash and compress.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<std::num::NonZeroUsize>,
     /// squib: what is synced to the storage before the snapshot is called safe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub durability: Option<Durability>,

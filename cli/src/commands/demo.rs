@@ -221,15 +221,7 @@ impl Demo<'_> {
 }
 
 fn create(path: &Path, stop: bool) -> SnapshotCreateParams {
-    SnapshotCreateParams {
-        snapshot_path: path.to_owned(),
-        mem_file_path: None,
-        snapshot_type: None,
-        parent_path: None,
-        force: false,
-        stop,
-        durability: None,
-    }
+    SnapshotCreateParams { snapshot_path: path.to_owned(), stop, ..SnapshotCreateParams::default() }
 }
 
 /// Asks the guest for the SHA-256 of its disk.

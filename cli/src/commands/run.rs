@@ -40,8 +40,7 @@ pub(crate) fn code(error: &MachineError) -> Code {
         MachineError::State { .. }
         | MachineError::UnknownSection { .. }
         | MachineError::MissingSection { .. }
-        | MachineError::DuplicateSection { .. }
-        | MachineError::Fill(_) => Code::Snapshot,
+        | MachineError::DuplicateSection { .. } => Code::Snapshot,
         _ => Code::Failed,
     }
 }

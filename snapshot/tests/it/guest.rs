@@ -8,7 +8,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use squib_devices::memory::GuestRam;
+use squib_devices::{
+    granules::Frozen,
+    memory::{GuestRam, RamStore},
+};
 use squib_formats::persist::{PersistError, Section};
 use squib_snapshot::capture::Guest;
 use squib_vmm::{
@@ -123,8 +126,9 @@ impl Guest for Still {
         Ok(vec![section("serial", &[1, 2, 3]), section("vcpu", &[9; 500])])
     }
 
-    fn ram(&self) -> &GuestRam {
-        &self.ram
+    fn freeze(&self, limit: u64) -> Result<Frozen<RamStore>, MachineError> {
+        assert!(self.is_paused(), "frozen while it runs");
+        self.ram.granules().freeze(limit).ok_or(MachineError::Frozen)
     }
 
     fn cpu_identity(&self) -> CpuIdentity {

@@ -6,12 +6,14 @@ use std::{
     time::Duration,
 };
 
+use squib_formats::image::is_chunk_size;
+
 use crate::{
     api::{
         client::{Client, ClientError},
         types::{SnapshotCreateParams, SnapshotReport, SnapshotType},
     },
-    args::CreateArgs,
+    args::{CreateArgs, Size},
     commands::run::absolute,
     exit::{Code, Failure, Result, WithCode},
     home::Home,
@@ -33,6 +35,10 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         parent_path: args.diff.as_deref().map(absolute).transpose()?,
         force: args.force,
         stop: args.stop,
+        live: args.live,
+        level: args.level,
+        chunk_size: args.chunk_size.map(chunk_size).transpose()?,
+        threads: args.threads,
         durability: Some(args.durability),
     };
     let report = request(&client, params).map_err(failure)?;
@@ -42,6 +48,13 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         show(&report, args.timings);
     }
     Ok(Code::Done)
+}
+
+fn chunk_size(size: Size) -> Result<u32> {
+    u32::try_from(size.0).ok().filter(|size| is_chunk_size(*size)).ok_or_else(|| {
+        let why = "--chunk-size: a power of two from 16K to 4M is expected";
+        Failure::new(Code::Usage, anyhow::anyhow!(why))
+    })
 }
 
 /// Sends the request, and shows how far it is while the answer is on its way.

@@ -4,23 +4,28 @@ use std::time::Instant;
 
 use squib_formats::snapshot_dir::Snapshot;
 use squib_snapshot::{
-    ChangedDisks, FormatError,
+    ChangedDisks, FormatError, TemplateCache,
     observe::Run,
     restore::{
-        DiskError, RestoreError, RestoreOptions, RestoreTimings, Restored, restore as bring_back,
+        DiskError, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
+        restore as bring_back,
     },
 };
 use squib_vmm::machine::{self, ClockPolicy, Identity};
 
 use crate::{
-    args::{ClockArg, RestoreArgs},
+    args::{ClockArg, ModeArg, RestoreArgs, Size},
     commands::run,
     exit::{Code, Failure, Result, WithCode},
     home::VmDir,
+    kit::cache_dir,
     output::ByteBar,
     session::Session,
     timings::Phases,
 };
+
+/// Most bytes that templates take unless `SQUIB_TEMPLATES` says otherwise.
+const TEMPLATES: Size = Size(16 << 30);
 
 pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
     // The name has to be known first: with it the VM gets its place.
@@ -75,6 +80,16 @@ fn options<'a>(
             false => ChangedDisks::Refuse,
         },
         parents: args.parents.clone(),
+        memory: match args.mode {
+            ModeArg::Lazy if args.record => MemoryLoad::Record,
+            ModeArg::Eager | ModeArg::Template if args.record => {
+                let why = "--record needs --mode lazy, which brings memory as the guest touches it";
+                return Err(Failure::new(Code::Usage, anyhow::anyhow!(why)));
+            }
+            ModeArg::Eager => MemoryLoad::Eager,
+            ModeArg::Lazy => MemoryLoad::Lazy,
+            ModeArg::Template => MemoryLoad::Template(template_cache()?),
+        },
         machine: machine::RestoreOptions {
             identity: if args.clone { Identity::Clone } else { Identity::Same },
             clock: match args.clock {
@@ -86,13 +101,25 @@ fn options<'a>(
     })
 }
 
+/// The user's templates.
+pub(crate) fn template_cache() -> Result<TemplateCache> {
+    let dir = cache_dir().code(Code::Failed)?.join("templates");
+    let limit = match std::env::var("SQUIB_TEMPLATES") {
+        Ok(limit) => limit
+            .parse::<Size>()
+            .map_err(|why| Failure::new(Code::Usage, anyhow::anyhow!("SQUIB_TEMPLATES: {why}")))?,
+        Err(_) => TEMPLATES,
+    };
+    Ok(TemplateCache::new(dir, limit.0))
+}
+
 /// The parts of a restore as phases.
 fn note(phases: &mut Phases, restored: &Restored) {
     let RestoreTimings { open, disks, memory, machine, total: _ } = restored.timings;
     phases.end_with(&[
         ("check the snapshot", open),
         ("disks", disks),
-        ("load memory", memory),
+        ("memory", memory),
         ("make the machine", machine),
     ]);
 }
