@@ -3,4 +3,5 @@
 mod captures;
 mod diffs;
 mod guest;
+mod memory;
 mod restores;

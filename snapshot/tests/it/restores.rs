@@ -21,7 +21,7 @@ use squib_snapshot::{
     ChangedDisks,
     capture::{CaptureOptions, capture},
     observe::{Observer, Phase, Run},
-    restore::{DiskError, RestoreError, RestoreOptions, Restored, restore},
+    restore::{DiskError, MemoryLoad, RestoreError, RestoreOptions, Restored, restore},
 };
 use squib_vmm::{
     config::{Deterministic, DiskConfig, MachineConfig},
@@ -117,7 +117,8 @@ fn a_restored_machine_goes_on_as_if_nothing_had_happened() {
         (counter(&machine), memory(&machine), machine.save().unwrap())
     };
     let (path, saved_memory) = snapshot(dir.path());
-    let restored = back(&path, &options(dir.path())).unwrap();
+    let eager = RestoreOptions { memory: MemoryLoad::Eager, ..options(dir.path()) };
+    let restored = back(&path, &eager).unwrap();
     assert_eq!(restored.machine.state(), RunState::Paused);
     assert_eq!(restored.machine.config().name, "tiny");
     assert!(memory(&restored.machine) == saved_memory);
@@ -383,7 +384,7 @@ fn sections_and_the_machine_must_fit_each_other() {
 fn a_damaged_chunk_of_memory_ends_the_restore_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = snapshot(dir.path());
-    let options = options(dir.path());
+    let options = RestoreOptions { memory: MemoryLoad::Eager, ..options(dir.path()) };
     let file = path.join("memory.zst");
     let mut bytes = fs::read(&file).unwrap();
     let middle = bytes.len() / 2;

@@ -1,0 +1,614 @@
+//! Guest memory that comes back at once, on first touch or as a template, and is captured while it changes.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use squib_devices::{granules::Frozen, memory::RamStore};
+use squib_formats::{
+    error::FormatError,
+    image::{Control, ImageReader, Record},
+    manifest::MEMORY_IMAGE,
+    persist::Section,
+    sections::Sections,
+    snapshot_dir::Snapshot,
+};
+use squib_snapshot::{
+    CacheError, TemplateCache,
+    capture::{CaptureOptions, Captured, Guest, capture},
+    observe::{Observer, Phase, Run},
+    restore::{MemoryLoad, RestoreError, RestoreOptions, Restored, restore},
+    verify::verify,
+};
+use squib_vmm::{
+    config::{Deterministic, MachineConfig},
+    hypervisor::CpuIdentity,
+    machine::{Machine, MachineError, Outcome, RunUntil},
+};
+use vm_memory::{Bytes, GuestAddress};
+
+const MEMORY: u64 = 64 << 20;
+/// The pages that the program writes to, one after the other: 16 MiB.
+const FIELD: u64 = 0x8200_0000;
+const START: u64 = 40_000;
+const AMPLE: Duration = Duration::from_secs(60);
+
+/// An arm64 Image that writes a count to one page of [`FIELD`] after the other for ever.
+fn kernel() -> Vec<u8> {
+    let mut image = vec![0; 4096];
+    let mut word = |at: usize, word: u32| image[at..at + 4].copy_from_slice(&word.to_le_bytes());
+    word(0, 0x1400_0010); // b #64
+    word(16, 4096); // image_size
+    word(24, 2); // flags: 4 KiB pages
+    word(56, 0x644d_5241); // "ARM\x64"
+    word(64, 0xd2a0_0001 | 0x8200 << 5); // movz x1, #0x8200, lsl #16
+    word(68, 0xd280_0000); // movz x0, #0
+    word(72, 0x9100_0400); // add x0, x0, #1
+    word(76, 0x9240_2c02); // and x2, x0, #0xfff
+    word(80, 0x8b02_3023); // add x3, x1, x2, lsl #12
+    word(84, 0xf940_0064); // ldr x4, [x3]
+    word(88, 0x8b00_0084); // add x4, x4, x0
+    word(92, 0xf900_0064); // str x4, [x3]
+    word(96, 0x17ff_fffa); // b #-24
+    image
+}
+
+/// A deterministic machine that has begun to write, with noise in its memory that it does not write to and
+/// some that it does.
+fn machine(dir: &Path) -> Machine {
+    fs::write(dir.join("Image"), kernel()).unwrap();
+    let config = MachineConfig {
+        memory: MEMORY,
+        deterministic: Some(Deterministic::default()),
+        ..MachineConfig::new("writer", dir.join("Image"))
+    };
+    let machine = Machine::boot(config, Box::new(std::io::sink())).unwrap();
+    let mut seed = 1u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 56) as u8
+    })
+    .take(3 << 20)
+    .collect();
+    for at in [FIELD + (1 << 20), FIELD + (20 << 20)] {
+        machine.ram().write_slice(&noise, GuestAddress(at)).unwrap();
+    }
+    assert_eq!(machine.run_until(START).unwrap(), RunUntil::Reached);
+    machine
+}
+
+fn memory(machine: &Machine) -> Vec<u8> {
+    let mut bytes = vec![0; machine.ram().size() as usize];
+    machine.ram().read_slice(&mut bytes, GuestAddress(machine.ram().base())).unwrap();
+    bytes
+}
+
+/// A snapshot of [`machine`] at [`START`].
+fn snapshot(dir: &Path) -> PathBuf {
+    let path = dir.join("snap");
+    capture(&machine(dir), &path, &CaptureOptions::default()).unwrap();
+    path
+}
+
+/// Memory and sections of a machine that ran through to `retired`.
+fn straight(dir: &Path, retired: u64) -> (Vec<u8>, Vec<Section>) {
+    let machine = machine(dir);
+    machine.run_until(retired).unwrap();
+    (memory(&machine), machine.save().unwrap())
+}
+
+fn with(memory: MemoryLoad) -> RestoreOptions<'static> {
+    RestoreOptions { memory, ..RestoreOptions::default() }
+}
+
+fn back(path: &Path, memory: MemoryLoad) -> Result<Restored, RestoreError> {
+    restore(path, &with(memory), Box::new(std::io::sink()))
+}
+
+fn cache(dir: &Path) -> TemplateCache {
+    TemplateCache::new(dir.join("templates"), u64::MAX)
+}
+
+fn modes(dir: &Path) -> Vec<(&'static str, MemoryLoad)> {
+    vec![
+        ("eager", MemoryLoad::Eager),
+        ("lazy", MemoryLoad::Lazy),
+        ("record", MemoryLoad::Record),
+        ("template, new", MemoryLoad::Template(cache(dir))),
+        ("template", MemoryLoad::Template(cache(dir))),
+    ]
+}
+
+fn image_digest(path: &Path) -> String {
+    let snapshot = Snapshot::open(path).unwrap();
+    snapshot.manifest().image(MEMORY_IMAGE).unwrap().digest.to_string()
+}
+
+fn sections(path: &Path) -> Vec<Section> {
+    Sections::read(&Snapshot::open(path).unwrap()).unwrap().into_rest()
+}
+
+/// Absent granules of a machine's memory.
+fn absent(machine: &Machine) -> u64 {
+    let granules = machine.ram().granules();
+    (0..granules.count()).filter(|granule| granules.is_absent(*granule)).count() as u64
+}
+
+#[test]
+fn in_every_mode_the_machine_goes_on_as_if_it_had_not_been_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let expected = straight(dir.path(), START + 30_000);
+    for (name, mode) in modes(dir.path()) {
+        let restored = back(&path, mode).unwrap();
+        assert_eq!(restored.machine.run_until(START + 30_000).unwrap(), RunUntil::Reached);
+        assert_eq!(restored.machine.save().unwrap(), expected.1, "{name}");
+        assert!(memory(&restored.machine) == expected.0, "{name}");
+    }
+}
+
+#[test]
+fn in_every_mode_a_capture_at_once_is_the_same_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    for (at, (name, mode)) in modes(dir.path()).into_iter().enumerate() {
+        let restored = back(&path, mode).unwrap();
+        let again = dir.path().join(format!("again-{at}"));
+        capture(&restored.machine, &again, &CaptureOptions::default()).unwrap();
+        assert_eq!(image_digest(&again), image_digest(&path), "{name}");
+        assert_eq!(sections(&again), sections(&path), "{name}");
+        verify(&again, &[], Control::default()).unwrap();
+    }
+}
+
+#[test]
+fn a_difference_of_a_restored_machine_stores_what_it_wrote_and_loads_no_more_than_it_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    for (at, (name, mode)) in modes(dir.path()).into_iter().enumerate() {
+        let records = matches!(mode, MemoryLoad::Record);
+        let restored = back(&path, mode).unwrap();
+        restored.machine.run_until(START + 700).unwrap();
+        let untouched = absent(&restored.machine);
+        let diff = dir.path().join(format!("diff-{at}"));
+        let options = CaptureOptions { parent: Some(path.clone()), ..CaptureOptions::default() };
+        let captured = capture(&restored.machine, &diff, &options).unwrap();
+        // 100 pages in 7 or 8 granules of 64 KiB.
+        let changed = captured.memory.record.size - captured.memory.parent - captured.memory.zero;
+        assert!(changed <= 8 << 16, "{name}: {changed}");
+        if records {
+            assert!(untouched > 900, "{untouched}");
+            assert_eq!(absent(&restored.machine), untouched, "nothing was loaded for it");
+        }
+        let expected = memory(&restored.machine);
+        drop(restored);
+        let again = back(&diff, MemoryLoad::Lazy).unwrap();
+        assert!(memory(&again.machine) == expected, "{name}");
+    }
+}
+
+#[test]
+fn the_second_difference_holds_what_changed_since_the_first_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let machine = back(&path, MemoryLoad::Record).unwrap().machine;
+    let at = |name: &str| dir.path().join(name);
+    let mut parent = path;
+    for (round, name) in (1..).zip(["one", "two", "three"]) {
+        machine.run_until(START + round * 700).unwrap();
+        let frozen_changes = {
+            let granules = machine.ram().granules();
+            (0..granules.count()).filter(|granule| granules.is_changed(*granule)).count()
+        };
+        assert!((7..=9).contains(&frozen_changes), "round {round}: {frozen_changes}");
+        let options = CaptureOptions { parent: Some(parent), ..CaptureOptions::default() };
+        capture(&machine, &at(name), &options).unwrap();
+        parent = at(name);
+    }
+    let expected = straight(dir.path(), START + 3 * 700);
+    let restored = back(&parent, MemoryLoad::Eager).unwrap();
+    assert!(memory(&restored.machine) == expected.0);
+}
+
+#[test]
+fn a_difference_after_one_that_failed_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let machine = back(&path, MemoryLoad::Lazy).unwrap().machine;
+    machine.run_until(START + 7_000).unwrap();
+    let options = CaptureOptions { parent: Some(path), ..CaptureOptions::default() };
+    let full = CaptureOptions { limit: Some(1000), ..options.clone() };
+    let error = capture(&machine, &dir.path().join("failed"), &full).unwrap_err().to_string();
+    assert!(error.contains("limit"), "{error}");
+    machine.run_until(START + 14_000).unwrap();
+    let diff = dir.path().join("diff");
+    capture(&machine, &diff, &options).unwrap();
+    let expected = straight(dir.path(), START + 14_000);
+    assert!(memory(&back(&diff, MemoryLoad::Eager).unwrap().machine) == expected.0);
+}
+
+/// A machine that stands at an instant and counts as running, so that a capture pauses it exactly there.
+struct AtInstant<'a> {
+    machine: &'a Machine,
+    runs: AtomicBool,
+}
+
+impl Guest for AtInstant<'_> {
+    fn config(&self) -> &MachineConfig {
+        self.machine.config()
+    }
+
+    fn is_paused(&self) -> bool {
+        false
+    }
+
+    fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
+        self.machine.pause(deadline)
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        self.runs.store(true, Ordering::Relaxed);
+        self.machine.resume()
+    }
+
+    fn stop(&self) {
+        self.machine.stop();
+    }
+
+    fn save(&self) -> Result<Vec<Section>, MachineError> {
+        self.machine.save()
+    }
+
+    fn freeze(&self, limit: u64) -> Result<Frozen<RamStore>, MachineError> {
+        self.machine.freeze(limit)
+    }
+
+    fn cpu_identity(&self) -> CpuIdentity {
+        self.machine.cpu_identity()
+    }
+
+    fn wall_ns(&self) -> u64 {
+        self.machine.time().wall_ns
+    }
+}
+
+/// Lets the guest write to all of its field once before memory is read.
+struct Overtaken<'a>(&'a AtInstant<'a>, u64);
+
+impl Observer for Overtaken<'_> {
+    fn begin(&self, phase: &Phase) {
+        if *phase != Phase::Memory {
+            return;
+        }
+        assert!(self.0.runs.load(Ordering::Relaxed), "the guest runs while memory is written");
+        let granules = self.0.machine.ram().granules();
+        let changed = || (0..granules.count()).filter(|g| granules.is_changed(*g)).count() as u64;
+        while changed() < self.1 {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn live(machine: &Machine, path: &Path, aside: u64, overtaken: u64) -> Captured {
+    let guest = AtInstant { machine, runs: AtomicBool::new(false) };
+    let observer = Overtaken(&guest, overtaken);
+    let options = CaptureOptions {
+        live: true,
+        aside,
+        run: Run { observer: &observer, ..Run::default() },
+        ..CaptureOptions::default()
+    };
+    capture(&guest, path, &options).unwrap()
+}
+
+/// What a running deterministic machine has become is what one becomes that was never looked at.
+fn check_went_on(machine: &Machine, dir: &Path) {
+    machine.pause(AMPLE).unwrap();
+    let retired = machine.retired().unwrap()[0].unwrap();
+    assert!(retired > START);
+    let expected = straight(dir, retired);
+    assert!(memory(machine) == expected.0);
+    assert_eq!(machine.save().unwrap(), expected.1);
+}
+
+#[test]
+fn a_live_capture_is_the_moment_of_the_pause_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let still = snapshot(dir.path());
+    let machine = machine(dir.path());
+    let path = dir.path().join("live");
+    // All 16 MiB of the field have been written to anew when the first of it is read.
+    let captured = live(&machine, &path, u64::MAX, 256);
+    assert_eq!(captured.timings.throttled, 0);
+    assert_eq!(image_digest(&path), image_digest(&still));
+    assert_eq!(sections(&path), sections(&still));
+    verify(&path, &[], Control::default()).unwrap();
+    check_went_on(&machine, dir.path());
+}
+
+#[test]
+fn a_guest_that_outruns_a_live_capture_waits_and_is_not_corrupted() {
+    let dir = tempfile::tempdir().unwrap();
+    let still = snapshot(dir.path());
+    let machine = machine(dir.path());
+    let path = dir.path().join("live");
+    // There is room for 16 granules; the guest waits for the 17th until memory is read.
+    let captured = live(&machine, &path, 1 << 20, 16);
+    assert!(captured.timings.throttled > 0);
+    assert_eq!(image_digest(&path), image_digest(&still));
+    check_went_on(&machine, dir.path());
+}
+
+#[test]
+fn a_live_capture_of_a_machine_that_is_still_being_loaded_is_the_moment_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let still = snapshot(dir.path());
+    for (at, (name, mode)) in modes(dir.path()).into_iter().enumerate() {
+        let machine = back(&still, mode).unwrap().machine;
+        let path = dir.path().join(format!("live-{at}"));
+        live(&machine, &path, u64::MAX, 256);
+        assert_eq!(image_digest(&path), image_digest(&still), "{name}");
+        check_went_on(&machine, dir.path());
+        // And what it wrote since is in the next difference.
+        let options = CaptureOptions { parent: Some(path), ..CaptureOptions::default() };
+        let diff = dir.path().join(format!("live-{at}-diff"));
+        capture(&machine, &diff, &options).unwrap();
+        let expected = memory(&machine);
+        assert!(memory(&back(&diff, MemoryLoad::Eager).unwrap().machine) == expected, "{name}");
+    }
+}
+
+#[test]
+fn a_live_capture_that_fails_leaves_the_guest_running_and_no_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path());
+    let guest = AtInstant { machine: &machine, runs: AtomicBool::new(false) };
+    let options = CaptureOptions { live: true, limit: Some(1 << 20), ..CaptureOptions::default() };
+    let path = dir.path().join("live");
+    capture(&guest, &path, &options).unwrap_err();
+    assert!(!path.exists());
+    check_went_on(&machine, dir.path());
+    // Another one may begin.
+    capture(&machine, &path, &CaptureOptions::default()).unwrap();
+}
+
+/// The number and the frame's place of the last chunk that has a frame.
+fn last_frame(path: &Path) -> (u64, u64) {
+    let index = ImageReader::open_index(&Snapshot::open(path).unwrap(), MEMORY_IMAGE).unwrap();
+    let frames = (0..).zip(index.records()).filter_map(|(chunk, record)| match record {
+        Record::Data { offset, .. } => Some((chunk, *offset)),
+        _ => None,
+    });
+    frames.max_by_key(|(_, offset)| *offset).unwrap()
+}
+
+fn damage(path: &Path, offset: u64) {
+    let file = path.join("memory.zst");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[offset as usize + 20] ^= 1;
+    fs::write(&file, bytes).unwrap();
+}
+
+#[test]
+fn a_damaged_chunk_ends_the_machine_that_touches_it_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let index = ImageReader::open_index(&Snapshot::open(&path).unwrap(), MEMORY_IMAGE).unwrap();
+    // A chunk of the field, which the guest comes to only after some thousand instructions.
+    let chunk = (FIELD - 0x8000_0000 + (12 << 20)) >> 16;
+    let Record::Data { offset, .. } = index.records()[chunk as usize] else { panic!("no data") };
+    damage(&path, offset);
+    let machine = back(&path, MemoryLoad::Record).unwrap().machine;
+    let ended = machine.run_until(START + 40_000).unwrap();
+    let RunUntil::Ended(Outcome::Crashed(crash)) = ended else { panic!("{ended:?}") };
+    let named = format!("memory.zst: chunk {chunk}");
+    assert!(crash.why.contains(&named), "{crash}");
+    // A reader that is no vCPU gets an error, not other bytes.
+    let at = GuestAddress(0x8000_0000 + (chunk << 16));
+    let error = machine.ram().read_obj::<u64>(at).unwrap_err().to_string();
+    assert!(error.contains(&named), "{error}");
+    // And so does a capture of a machine that has not come there yet.
+    let machine = back(&path, MemoryLoad::Record).unwrap().machine;
+    let error = capture(&machine, &dir.path().join("again"), &CaptureOptions::default());
+    assert!(error.unwrap_err().to_string().contains(&named));
+    assert!(!dir.path().join("again").exists());
+}
+
+#[test]
+fn a_chunk_that_only_the_loader_meets_ends_the_machine_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let (chunk, offset) = last_frame(&path);
+    damage(&path, offset);
+    let machine = back(&path, MemoryLoad::Lazy).unwrap().machine;
+    let outcome = machine.wait_timeout(AMPLE);
+    let Some(Outcome::Crashed(crash)) = outcome else { panic!("{outcome:?}") };
+    assert!(crash.why.contains(&format!("memory.zst: chunk {chunk}")), "{crash}");
+}
+
+#[test]
+fn a_snapshot_that_is_cut_off_under_a_lazy_restore_ends_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let machine = back(&path, MemoryLoad::Record).unwrap().machine;
+    let file = fs::OpenOptions::new().write(true).open(path.join("memory.zst")).unwrap();
+    file.set_len(0).unwrap();
+    let ended = machine.run_until(START + 1000).unwrap();
+    let RunUntil::Ended(Outcome::Crashed(crash)) = ended else { panic!("{ended:?}") };
+    assert!(crash.why.contains("memory.zst: cannot read"), "{crash}");
+}
+
+#[test]
+fn what_the_guest_needs_is_recorded_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let machine = back(&path, MemoryLoad::Record).unwrap().machine;
+    machine.run_until(START + 2000).unwrap();
+    let recorded = machine.ram().granules().recorded();
+    // Its own code first, then the field upwards, where there was something.
+    assert_eq!(recorded[0], (0x8020_0000 - 0x8000_0000) >> 16);
+    let field = &recorded[1..];
+    assert!(field.len() > 10 && field.is_sorted(), "{recorded:?}");
+    assert!(field.iter().all(|chunk| (FIELD - 0x8000_0000) >> 16 <= *chunk));
+}
+
+#[test]
+fn a_template_is_made_once_and_is_private() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let cache = cache(dir.path());
+    let snapshot = Snapshot::open(&path).unwrap();
+    let image = ImageReader::open(&snapshot, MEMORY_IMAGE).unwrap();
+    assert!(cache.find(image.record()).unwrap().is_none());
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| cache.get(&image, Control::default()).unwrap().map().unwrap());
+        }
+    });
+    let templates = cache.list().unwrap();
+    assert_eq!(templates.len(), 1);
+    assert_eq!(templates[0].digest, image.record().digest.to_string());
+    assert_eq!(templates[0].size, MEMORY);
+    assert!(templates[0].stored < MEMORY, "zero chunks are holes");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(&dir.path().join("templates")), 0o700);
+    assert_eq!(mode(&templates[0].path), 0o700);
+    assert_eq!(mode(&templates[0].path.join("memory")), 0o400);
+    // Once it is there the image is not needed, and one file serves all.
+    let inode = fs::metadata(templates[0].path.join("memory")).unwrap().ino();
+    fs::write(path.join("memory.zst"), "").unwrap();
+    cache.get(&image, Control::default()).unwrap();
+    assert_eq!(fs::metadata(templates[0].path.join("memory")).unwrap().ino(), inode);
+    let names: Vec<_> = fs::read_dir(dir.path().join("templates")).unwrap().flatten().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+}
+
+#[test]
+fn machines_from_one_template_do_not_see_each_others_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let mode = || MemoryLoad::Template(cache(dir.path()));
+    let (one, two) = (back(&path, mode()).unwrap().machine, back(&path, mode()).unwrap().machine);
+    one.run_until(START + 9000).unwrap();
+    assert!(memory(&two) == memory(&back(&path, MemoryLoad::Eager).unwrap().machine));
+    two.run_until(START + 9000).unwrap();
+    assert!(memory(&one) == memory(&two));
+    let restored = back(&path, mode()).unwrap().machine;
+    assert_eq!(restored.retired().unwrap(), [Some(START)]);
+}
+
+#[test]
+fn a_template_that_was_written_to_or_exchanged_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let expected = memory(&back(&path, MemoryLoad::Eager).unwrap().machine);
+    let mode = || MemoryLoad::Template(cache(dir.path()));
+    back(&path, mode()).unwrap();
+    let place = cache(dir.path()).list().unwrap().remove(0).path;
+    let file = place.join("memory");
+    let writable = |on| fs::set_permissions(&file, fs::Permissions::from_mode(on)).unwrap();
+    let changes: [(&str, &dyn Fn()); 5] = [
+        ("written to", &|| {
+            writable(0o600);
+            let times = fs::metadata(&file).unwrap();
+            let mut bytes = fs::read(&file).unwrap();
+            bytes[FIELD as usize - 0x8000_0000 + (21 << 20)] ^= 1;
+            fs::write(&file, bytes).unwrap();
+            // Even with the old time of modification.
+            let open = fs::OpenOptions::new().write(true).open(&file).unwrap();
+            open.set_modified(times.modified().unwrap()).unwrap();
+            writable(0o400);
+        }),
+        ("exchanged", &|| {
+            let bytes = fs::read(&file).unwrap();
+            fs::remove_file(&file).unwrap();
+            fs::write(&file, bytes).unwrap();
+            writable(0o400);
+        }),
+        ("a link", &|| {
+            let elsewhere = dir.path().join("elsewhere");
+            fs::rename(&file, &elsewhere).unwrap();
+            std::os::unix::fs::symlink(elsewhere, &file).unwrap();
+        }),
+        ("cut off", &|| {
+            writable(0o600);
+            fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(1 << 20).unwrap();
+            writable(0o400);
+        }),
+        ("without its seal", &|| fs::remove_file(place.join("seal")).unwrap()),
+    ];
+    for (name, change) in changes {
+        change();
+        let restored = back(&path, mode()).unwrap();
+        assert!(memory(&restored.machine) == expected, "{name}");
+        assert!(fs::symlink_metadata(&file).unwrap().is_file(), "{name}");
+    }
+}
+
+#[test]
+fn a_template_folder_that_others_may_enter_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let place = dir.path().join("templates");
+    fs::create_dir(&place).unwrap();
+    fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).unwrap();
+    let error = back(&path, MemoryLoad::Template(cache(dir.path()))).err().unwrap();
+    assert!(matches!(error, RestoreError::Template(CacheError::NotPrivate { .. })), "{error}");
+    assert!(error.to_string().contains("chmod 700"), "{error}");
+}
+
+#[test]
+fn a_damaged_chunk_never_becomes_part_of_a_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let (chunk, offset) = last_frame(&path);
+    damage(&path, offset);
+    let error = back(&path, MemoryLoad::Template(cache(dir.path()))).err().unwrap();
+    let damaged = matches!(
+        error,
+        RestoreError::Template(CacheError::Image(
+            FormatError::Chunk { .. } | FormatError::Digest { .. }
+        ))
+    );
+    assert!(damaged, "{error}");
+    assert!(error.to_string().contains(&format!("chunk {chunk}")), "{error}");
+    let left: Vec<_> = fs::read_dir(dir.path().join("templates")).unwrap().flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn the_least_recently_used_templates_give_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path());
+    let place = dir.path().join("templates");
+    let unlimited = TemplateCache::new(&place, u64::MAX);
+    let mut snapshots = Vec::new();
+    for round in 0..3 {
+        machine.run_until(START + round * 7000).unwrap();
+        let path = dir.path().join(round.to_string());
+        capture(&machine, &path, &CaptureOptions::default()).unwrap();
+        snapshots.push(path);
+    }
+    let template = |path: &Path, cache: &TemplateCache| {
+        drop(back(path, MemoryLoad::Template(cache.clone())).unwrap());
+        // Times of use must differ.
+        thread::sleep(Duration::from_millis(20));
+    };
+    template(&snapshots[0], &unlimited);
+    template(&snapshots[1], &unlimited);
+    // Used again, so the other one is older.
+    template(&snapshots[0], &unlimited);
+    let stored: u64 = unlimited.list().unwrap().iter().map(|template| template.stored).sum();
+    template(&snapshots[2], &TemplateCache::new(&place, stored + (1 << 20)));
+    let left: Vec<_> = unlimited.list().unwrap().into_iter().map(|t| t.digest).collect();
+    assert_eq!(left, [image_digest(&snapshots[0]), image_digest(&snapshots[2])]);
+    // One that was being made when its process was killed.
+    fs::create_dir(place.join(".making-x")).unwrap();
+    assert_eq!(unlimited.prune(0).unwrap().len(), 2);
+    assert!(fs::read_dir(&place).unwrap().next().is_none());
+}
