@@ -9,6 +9,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, Read, Write},
+    num::NonZeroU64,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
@@ -18,7 +19,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags},
+    fs::{Advice, CWD, FlockOperation, Mode, OFlags, RenameFlags},
     io::Errno,
 };
 
@@ -30,8 +31,10 @@ use crate::{
     names,
 };
 
-/// Bytes that are gathered before a write.
+/// Bytes that are gathered before a write; a quarter of that is written as it comes.
 const BUFFER: usize = 1 << 20;
+/// Bytes after which the storage is set to work on a file that will be synced.
+const WRITEBACK: u64 = 8 << 20;
 
 /// What to do with a snapshot that is there already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,8 +126,9 @@ impl Staging {
             file: File::from(file),
             buffer: Vec::with_capacity(BUFFER),
             hasher: blake3::Hasher::new(),
-            length: 0,
+            put: 0,
             room: self.room.clone(),
+            writeback: (self.durability == Durability::Full).then_some(0),
         })
     }
 
@@ -232,15 +236,21 @@ pub struct StagedFile {
     file: File,
     buffer: Vec<u8>,
     hasher: blake3::Hasher,
-    length: u64,
+    /// Bytes handed to the operating system.
+    put: u64,
     room: Option<Arc<AtomicU64>>,
+    /// Bytes that the storage has been set to work on, if the file will be synced.
+    writeback: Option<u64>,
 }
 
 impl StagedFile {
     /// Appends `bytes`.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
+        if bytes.len() >= BUFFER / 4 {
+            self.flush()?;
+            return self.put(bytes);
+        }
         self.buffer.extend_from_slice(bytes);
-        self.length += bytes.len() as u64;
         match self.buffer.len() < BUFFER {
             true => Ok(()),
             false => self.flush(),
@@ -249,29 +259,53 @@ impl StagedFile {
 
     /// Bytes appended so far.
     pub fn length(&self) -> u64 {
-        self.length
+        self.put + self.buffer.len() as u64
     }
 
     fn flush(&mut self) -> Result<(), FormatError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        self.put(&buffer)?;
+        buffer.clear();
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
         let io = |error| FormatError::io(&self.name, "write", error);
         if let Some(room) = &self.room {
-            let need = self.buffer.len() as u64;
+            let need = bytes.len() as u64;
             let take = |room: u64| room.checked_sub(need);
             room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map_err(|room| {
                 let why = format!("{need} bytes more than the {room} left of the snapshot's limit");
                 io(io::Error::new(io::ErrorKind::StorageFull, why))
             })?;
         }
-        self.hasher.update(&self.buffer);
-        self.file.write_all(&self.buffer).map_err(io)?;
-        self.buffer.clear();
+        self.hasher.update(bytes);
+        self.file.write_all(bytes).map_err(io)?;
+        self.put += bytes.len() as u64;
+        self.start_writeback();
         Ok(())
+    }
+
+    /// Lets the storage write while there is still more to come, so that the sync at the end has little
+    /// left to wait for.
+    fn start_writeback(&mut self) {
+        #[cfg(target_os = "linux")]
+        if let Some(begun) = self.writeback
+            && let Some(len) = NonZeroU64::new(self.put - begun)
+            && len.get() >= WRITEBACK
+        {
+            // For pages that are dirty this advice begins to write them, without waiting; they stay cached
+            // until that is done. It is no more than advice: what goes wrong is told by the sync.
+            let _ = rustix::fs::fadvise(&self.file, begun, Some(len), Advice::DontNeed);
+            self.writeback = Some(self.put);
+        }
     }
 
     fn finish(mut self) -> Result<(FileRecord, File), FormatError> {
         self.flush()?;
-        let Self { name, file, buffer: _, hasher, length, room: _ } = self;
-        Ok((FileRecord { name, length, digest: hasher.finalize().into() }, file))
+        let Self { name, file, buffer: _, hasher, put, room: _, writeback: _ } = self;
+        Ok((FileRecord { name, length: put, digest: hasher.finalize().into() }, file))
     }
 }
 

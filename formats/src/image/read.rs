@@ -15,7 +15,7 @@ use std::{
 use zstd::{bulk::Decompressor, zstd_safe};
 
 use super::{
-    BATCH, Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
+    Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
     index::{Index, Parser},
     is_zero,
 };
@@ -402,7 +402,7 @@ impl Load<'_> {
         }
         let reader = match reader {
             Some(reader) => reader,
-            none => none.insert(self.image.chunks(BATCH)?),
+            none => none.insert(self.image.chunks(layout.batch_len())?),
         };
         let at = layout.offset(chunk);
         let failed = |error| FormatError::io(&self.image.record.name, "write back", error);
