@@ -1,6 +1,8 @@
 //! Captures and restores: with a machine that exists only in the test, and with real ones.
 
 mod captures;
+mod checks;
 mod diffs;
 mod guest;
+mod manage;
 mod restores;

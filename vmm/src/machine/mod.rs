@@ -24,6 +24,7 @@ mod build;
 mod console;
 mod devices;
 mod gate;
+mod places;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -42,6 +43,7 @@ use squib_devices::{clock::Clock, device::MachineDevice, memory::GuestRam, vmgen
 use squib_formats::persist::{self, PersistError, Section};
 
 pub use console::ConsoleInput;
+pub use places::{Place, places};
 pub use types::{
     ClockPolicy, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState, RunUntil,
     TimeState, Timings,
