@@ -117,8 +117,14 @@ pub(crate) enum SnapshotCommand {
     Verify(VerifyArgs),
     /// Make a full snapshot of a difference and all that it builds on.
     Flatten(FlattenArgs),
-    /// List what differs between two snapshots.
+    /// List what differs between two snapshots, by region.
     Diff(DiffArgs),
+    /// Say whether this host can restore a snapshot, before anything is made.
+    Check(CheckArgs),
+    /// Write a snapshot again as a difference to another parent, or without one.
+    Rebase(RebaseArgs),
+    /// Remove a snapshot, unless others build on it.
+    Rm(RmArgs),
 }
 
 #[derive(Debug, Args)]
@@ -271,7 +277,69 @@ pub(crate) struct DiffArgs {
     pub(crate) a: PathBuf,
     /// The second snapshot.
     pub(crate) b: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
     /// Print everything as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The snapshot.
+    pub(crate) dir: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
+    /// The file that a restore would use as the disk of that id.
+    #[arg(long = "disk", value_name = "ID=PATH")]
+    pub(crate) disks: Vec<DiskPlace>,
+    /// Existing directory in which a restore would make the captured disks [default: the private place].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) disk_dir: Option<PathBuf>,
+    /// A restore would accept disks that have changed since the snapshot.
+    #[arg(long)]
+    pub(crate) allow_changed_disks: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RebaseArgs {
+    /// The snapshot.
+    pub(crate) dir: PathBuf,
+    /// The new parent, which has to stay; without it the snapshot is written in full, as by `flatten`.
+    #[arg(long, value_name = "PARENT_DIR")]
+    pub(crate) onto: Option<PathBuf>,
+    /// The directory to write.
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
+    /// What is synced to the storage before the snapshot is called safe.
+    #[arg(long, value_enum, default_value_t = Durability::Full)]
+    pub(crate) durability: Durability,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// The snapshot.
+    pub(crate) dir: PathBuf,
+    /// Remove it although others build on it, although the directory has other files in it, or although its
+    /// manifest cannot be read.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Where else to look for snapshots that build on it: a snapshot, or a directory of snapshots; may be
+    /// given several times.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) also: Vec<PathBuf>,
+    /// Print what was removed as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -1,7 +1,7 @@
 //! Snapshots of the running machine, as the control API asks for them.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use squib_formats::{image::ImageOptions, manifest::MEMORY_IMAGE};
+use squib_formats::{image::ImageOptions, manifest::MEMORY_IMAGE, snapshot_dir::Snapshot};
 use squib_snapshot::{
     Durability, Existing,
     capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, capture},
@@ -20,6 +20,7 @@ use squib_vmm::machine::Machine;
 
 use crate::{
     api::types::{self, DiskReport, Phase, SnapshotCreateParams, SnapshotProgress, SnapshotReport},
+    home::Home,
     output::ms,
 };
 
@@ -96,6 +97,7 @@ pub(crate) fn write(
         },
         pause_deadline: PAUSE_DEADLINE,
         parent: params.parent_path.clone(),
+        dependents_in: if params.force { children_of(&params.snapshot_path) } else { Vec::new() },
         after: if params.stop { After::Stop } else { After::GoOn },
         live: params.live,
         image: ImageOptions {
@@ -114,7 +116,29 @@ pub(crate) fn write(
     gauge.writing(None);
     gauge.set(SnapshotProgress::default());
     let captured = captured.map_err(advise)?;
+    note(&captured);
     report(&params.snapshot_path, &captured)
+}
+
+/// Where snapshots were written that build on the one at `path`, if there is one.
+fn children_of(path: &Path) -> Vec<PathBuf> {
+    match (Snapshot::open(path), Home::open()) {
+        (Ok(snapshot), Ok(home)) => home.children().below(snapshot.id()),
+        _ => Vec::new(),
+    }
+}
+
+/// Takes note of where a difference lies, for whoever wants to remove its parent.
+fn note(captured: &Captured) {
+    let Some(parent) = Snapshot::open(&captured.path).ok().and_then(|s| s.manifest().parent) else {
+        return;
+    };
+    match Home::open().map(|home| home.children().record(parent, &captured.path)) {
+        Ok(Ok(())) => {}
+        // It is advice only.
+        Ok(Err(error)) => tracing::warn!("{}: not noted: {error}", captured.path.display()),
+        Err(error) => tracing::warn!("{}: not noted: {error}", captured.path.display()),
+    }
 }
 
 /// What a step is called where people and clients read it.
@@ -144,6 +168,9 @@ fn advise(error: CaptureError) -> anyhow::Error {
             "make a full snapshot, or one that builds on a flattened parent"
         }
         CaptureError::ReplacesParent { .. } => "name another directory",
+        CaptureError::ReplacesNeeded { .. } => {
+            "name another directory, or flatten, rebase or remove those first"
+        }
         _ => return error.into(),
     };
     anyhow::anyhow!("{error}: {advice}")

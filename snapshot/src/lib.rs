@@ -9,6 +9,7 @@
 #![warn(missing_docs)]
 
 pub mod capture;
+pub mod check;
 pub mod compat;
 mod config;
 pub mod diff;
@@ -17,6 +18,8 @@ pub mod flatten;
 pub mod inspect;
 mod memory;
 pub mod observe;
+pub mod rebase;
+pub mod remove;
 pub mod restore;
 pub mod verify;
 

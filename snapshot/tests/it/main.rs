@@ -1,7 +1,9 @@
 //! Captures and restores: with a machine that exists only in the test, and with real ones.
 
 mod captures;
+mod checks;
 mod diffs;
 mod guest;
+mod manage;
 mod memory;
 mod restores;

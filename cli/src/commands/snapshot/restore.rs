@@ -16,6 +16,7 @@ use squib_vmm::machine::{self, ClockPolicy, Identity};
 use crate::{
     args::{ClockArg, ModeArg, RestoreArgs, Size},
     commands::run,
+    events,
     exit::{Code, Failure, Result, WithCode},
     home::VmDir,
     kit::cache_dir,
@@ -97,7 +98,7 @@ fn options<'a>(
                 ClockArg::Advance => ClockPolicy::Advance,
             },
         },
-        run: Run { observer: bar, ..Run::default() },
+        run: Run { observer: bar, cancel: events::asked(), ..Run::default() },
     })
 }
 
@@ -126,6 +127,9 @@ fn note(phases: &mut Phases, restored: &Restored) {
 
 fn failure(error: RestoreError) -> Failure {
     let advice = match &error {
+        RestoreError::Format(FormatError::Cancelled) => {
+            return events::failure(FormatError::Cancelled);
+        }
         RestoreError::Machine(error) if run::code(error) != Code::Snapshot => {
             let code = run::code(error);
             return Failure::new(code, anyhow::anyhow!("{error}"));
