@@ -9,15 +9,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// Lines of console and messages that an error shows.
 const TAIL: usize = 8;
 /// How long a process that was asked to end may take.
 const LAST_WORDS: Duration = Duration::from_secs(10);
-/// Running children, each the leader of its process group, to be ended with us.
-static CHILDREN: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+static CHILDREN: Mutex<Children> = Mutex::new(Children { running: Vec::new(), ending: false });
+
+/// The children, to be ended with us.
+struct Children {
+    /// Each is the leader of its process group.
+    running: Vec<u32>,
+    /// No more may be started.
+    ending: bool,
+}
 
 /// A running VM.
 pub(super) struct Vm {
@@ -68,12 +75,7 @@ impl Vm {
     /// Starts `command`, in a process group of its own.
     pub(super) fn start(command: &mut Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.process_group(0);
-        let started = Instant::now();
-        let mut child = command
-            .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
-        children().push(child.id());
+        let (mut child, started) = spawn(command)?;
         let shared = Arc::new(Shared::default());
         if let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) {
             let console = shared.clone();
@@ -177,7 +179,7 @@ impl Drop for Vm {
         }
         // Nothing can be done about a failure, and nothing is left if it has ended by itself.
         drop(self.child.wait());
-        children().retain(|pid| *pid != self.child.id());
+        forget(self.child.id());
     }
 }
 
@@ -244,9 +246,11 @@ impl Log {
     }
 }
 
-/// Ends all children.
+/// Ends all children; later ones are not started.
 pub(super) fn end_all() {
-    for pid in children().drain(..) {
+    let mut children = children();
+    children.ending = true;
+    for pid in children.running.drain(..) {
         kill_group(pid);
     }
 }
@@ -254,17 +258,32 @@ pub(super) fn end_all() {
 /// Starts `command`, so that [`end_all`] ends it, and waits for it.
 pub(super) fn run(command: &mut Command) -> Result<std::process::Output> {
     let name = command.get_program().display().to_string();
-    command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().with_context(|| format!("cannot run {name}"))?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (child, _) = spawn(command)?;
     let id = child.id();
-    children().push(id);
     let output = child.wait_with_output();
-    children().retain(|pid| *pid != id);
+    forget(id);
     let output = output.with_context(|| name.clone())?;
     if !output.status.success() {
         bail!("{name}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(output)
+}
+
+/// Starts `command` as the leader of a process group; also when that was.
+fn spawn(command: &mut Command) -> Result<(Child, Instant)> {
+    let name = command.get_program().display().to_string();
+    command.process_group(0);
+    let mut children = children();
+    ensure!(!children.ending, "ended by a signal");
+    let started = Instant::now();
+    let child = command.spawn().with_context(|| format!("cannot run {name}"))?;
+    children.running.push(child.id());
+    Ok((child, started))
+}
+
+fn forget(id: u32) {
+    children().running.retain(|running| *running != id);
 }
 
 fn keep(lines: &mut Vec<String>, line: String) {
@@ -285,6 +304,32 @@ fn pid(id: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(id).ok()?)
 }
 
-fn children() -> MutexGuard<'static, Vec<u32>> {
+fn children() -> MutexGuard<'static, Children> {
     CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_lines_are_ticks_and_a_missing_one_is_noticed() {
+        let mut log = Log::default();
+        let start = Instant::now();
+        // The rest of a line that was begun before the snapshot.
+        log.take(b"k 12\r\ntick 1", start);
+        assert_eq!((log.first_byte, log.first_tick), (Some(start), None));
+        let later = start + Duration::from_millis(5);
+        log.take(b"3\r\ntick 14\n", later);
+        assert_eq!((log.first_tick, log.last_tick, log.gap), (Some((13, later)), 14, None));
+        assert_eq!(log.silence, Duration::from_millis(5));
+        log.take(b"tick 16\ntick 17\n", later);
+        assert_eq!((log.last_tick, log.gap), (17, Some((14, 16))));
+    }
+
+    #[test]
+    fn a_command_that_fails_says_why() {
+        let error = run(Command::new("sh").args(["-c", "echo no room >&2; exit 3"])).unwrap_err();
+        assert!(error.to_string().contains("no room"), "{error}");
+    }
 }

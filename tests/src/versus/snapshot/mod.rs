@@ -259,8 +259,12 @@ impl WorkDir {
         thread::Builder::new().name("signals".into()).spawn(move || {
             let Some(signal) = signals.forever().next() else { return };
             child::end_all();
-            // What cannot be removed is left: there is nobody to tell.
-            drop(fs::remove_dir_all(path));
+            // The main thread may be writing a file of its own; what cannot be removed is left.
+            for _ in 0..10 {
+                if fs::remove_dir_all(&path).is_ok() {
+                    break;
+                }
+            }
             std::process::exit(128 + signal);
         })?;
         Ok(Self { dir })
@@ -291,5 +295,31 @@ impl WorkDir {
         fs::remove_dir_all(&dir)?;
         fs::remove_dir_all(self.home())?;
         done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_sizes_have_a_unit_and_limits() {
+        let size = |text: &str| text.parse::<Size>().map(|size| size.0);
+        assert_eq!((size("512M"), size("2G")), (Ok(512 << 20), Ok(2 << 30)));
+        for text in ["", "512", "64M", "1.5G", "99999999999G", "-1M"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn runs_end_with_the_first_failure() {
+        let done = Runs::collect([3.0, 1.0, 2.0].into_iter().map(Ok));
+        assert_eq!(done.median(|value| *value), Cell::Value(2.0));
+        let mut asked = 0;
+        let failed = Runs::<f64>::collect((0..3).map(|_| {
+            asked += 1;
+            Err(anyhow::anyhow!("no room"))
+        }));
+        assert_eq!((failed.error().map(String::as_str), asked), (Some("no room"), 1));
     }
 }

@@ -70,12 +70,22 @@ enum Unit {
     Bytes,
 }
 
-/// What is measured of a restore.
-const MEASURES: [(&str, Unit, fn(&Back) -> f64); 4] = [
-    ("first instruction", Unit::Seconds, |run| run.first_instruction.as_secs_f64()),
-    ("first byte", Unit::Seconds, |run| run.first_byte.as_secs_f64()),
-    ("first line", Unit::Seconds, |run| run.first_line.as_secs_f64()),
-    ("peak memory", Unit::Bytes, |run| run.peak as f64),
+/// One thing that is measured of a restore.
+struct Measure {
+    name: &'static str,
+    unit: Unit,
+    of: fn(&Back) -> f64,
+}
+
+const MEASURES: [Measure; 4] = [
+    Measure {
+        name: "first instruction",
+        unit: Unit::Seconds,
+        of: |run| run.first_instruction.as_secs_f64(),
+    },
+    Measure { name: "first byte", unit: Unit::Seconds, of: |run| run.first_byte.as_secs_f64() },
+    Measure { name: "first line", unit: Unit::Seconds, of: |run| run.first_line.as_secs_f64() },
+    Measure { name: "peak memory", unit: Unit::Bytes, of: |run| run.peak as f64 },
 ];
 
 /// One line of a table.
@@ -332,7 +342,7 @@ impl GuestReport {
                 Row::new(format!("restore by peer, {temperature}: {what}"), unit, Cell::None)
                     .beside(runs.way.name(), value)
             };
-            for (what, unit, value) in MEASURES {
+            for Measure { name: what, unit, of: value } in MEASURES {
                 rows.push(theirs(what, unit, runs.runs.median(value)));
             }
         }
@@ -343,7 +353,7 @@ impl GuestReport {
                 continue;
             }
             let peer = self.restore.peer(runs.kind, runs.cold);
-            for (what, unit, value) in MEASURES {
+            for Measure { name: what, unit, of: value } in MEASURES {
                 let row = Row::new(format!("{name}: {what}"), unit, runs.runs.median(value));
                 rows.push(match peer {
                     Some(peer) => row.beside(peer.way.name(), peer.runs.median(value)),
