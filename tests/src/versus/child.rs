@@ -156,6 +156,15 @@ impl Vm {
         std::fs::write(&path, "5").with_context(|| path)
     }
 
+    /// Stops the process, which leaves the machine to others, or lets it go on.
+    pub(super) fn freeze(&self, freeze: bool) -> Result<()> {
+        let signal = if freeze { Signal::STOP } else { Signal::CONT };
+        if let Some(pid) = pid(self.child.id()) {
+            kill_process_group(pid, signal)?;
+        }
+        Ok(())
+    }
+
     /// Asks the process to end and waits for it.
     pub(super) fn end(mut self) -> Result<()> {
         if let Some(pid) = pid(self.child.id()) {

@@ -13,12 +13,15 @@ use serde::Deserialize;
 use super::{
     child::{self, Vm},
     guest::Guest,
+    median,
 };
 
 /// The VM's name.
 const NAME: &str = "versus";
 /// What the line of timings on stderr begins with.
 const TIMINGS: &str = "squib-timings: ";
+/// Runs that tell how long a start of the program takes.
+const STARTS: usize = 9;
 /// How long a restore may take.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -27,6 +30,8 @@ pub(super) struct Squib {
     program: PathBuf,
     /// Where its run-time files, disks and caches go.
     home: PathBuf,
+    /// What the shortest run takes, from its start to its end.
+    startup: Duration,
     create_help: String,
     restore_help: String,
 }
@@ -100,7 +105,14 @@ impl Squib {
             let output = child::run(Command::new(program).args(["snapshot", what, "--help"]))?;
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         };
+        let startup = || -> Result<f64> {
+            let start = Instant::now();
+            child::run(Command::new(program).arg("--version"))?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        let mut startups = (0..STARTS).map(|_| startup()).collect::<Result<Vec<_>>>()?;
         Ok(Self {
+            startup: Duration::from_secs_f64(median(&mut startups)),
             program: program.to_owned(),
             home: home.to_owned(),
             create_help: help("create")?,
@@ -204,9 +216,12 @@ impl Squib {
         else {
             bail!("the timings have no first instruction, or no first console byte");
         };
-        // squib's clock starts in its `main`; ours before the process. Both saw the first byte.
-        let between = Duration::from_secs_f64(((byte - instruction) / 1e3).max(0.0));
-        Ok(outputs.with_instruction(outputs.first_byte.saturating_sub(between)))
+        let ms = |ms: f64| Duration::from_secs_f64(ms.max(0.0) / 1e3);
+        // squib's clock starts in its `main`, ours before the process. There are two bounds for what lies
+        // between: the first byte, which both saw, and a whole run of the program that does nothing.
+        let by_byte = outputs.first_byte.saturating_sub(ms(byte - instruction));
+        let by_start = self.startup + ms(instruction);
+        Ok(outputs.with_instruction(by_byte.min(by_start)))
     }
 
     fn command<const N: usize>(&self, words: [&str; N]) -> Command {
@@ -246,9 +261,9 @@ impl Outputs {
         Ok(())
     }
 
-    /// With the time of the first instruction.
-    pub(super) fn with_instruction(&self, first_instruction: Duration) -> Back {
+    /// With the time by which the first instruction was under way; the first byte came later in any case.
+    pub(super) fn with_instruction(&self, by: Duration) -> Back {
         let Self { first_byte, first_line, peak, .. } = *self;
-        Back { first_instruction, first_byte, first_line, peak }
+        Back { first_instruction: by.min(first_byte), first_byte, first_line, peak }
     }
 }

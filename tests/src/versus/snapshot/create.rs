@@ -38,6 +38,7 @@ pub(super) struct CreateRuns {
 }
 
 /// Others on the raw memory, bytes and seconds.
+#[derive(Default)]
 pub(super) struct RawRuns {
     pub(super) bytes: u64,
     pub(super) zstd: Vec<f64>,
@@ -58,15 +59,14 @@ pub(super) struct QemuSaves {
 /// All kinds of snapshot of one guest, and the peers.
 pub(super) fn create_runs(bench: &Bench<'_>) -> Result<CreateRuns> {
     let vm = boot(bench)?;
-    note(bench, "squib writes full snapshots");
-    let (snapshot, reached, full) = full_runs(bench, &vm)?;
+    note(bench, "squib, zstd and cat write all of memory");
+    let mut raw = None;
+    let (snapshot, reached, full) = full_runs(bench, &vm, Some(&mut raw))?;
     note(bench, "squib writes differences");
     let diff = runs(bench, &vm, Create::Diff(&snapshot));
     note(bench, "squib writes live snapshots");
     let live = runs(bench, &vm, Create::Live);
     vm.end()?;
-    note(bench, "zstd and cat on the same memory");
-    let raw = Some(raw_runs(bench, &snapshot)?);
     let qemu = match bench.qemu {
         true => qemu_saves(bench)?,
         false => Vec::new(),
@@ -78,7 +78,7 @@ pub(super) fn create_runs(bench: &Bench<'_>) -> Result<CreateRuns> {
 /// Live snapshots only, and one full snapshot to be restored.
 pub(super) fn live_runs(bench: &Bench<'_>) -> Result<CreateRuns> {
     let vm = boot(bench)?;
-    let (snapshot, reached, full) = full_runs(&Bench { runs: 1, ..*bench }, &vm)?;
+    let (snapshot, reached, full) = full_runs(&bench.once_warm(), &vm, None)?;
     note(bench, "squib writes live snapshots");
     let live = runs(bench, &vm, Create::Live);
     vm.end()?;
@@ -100,7 +100,12 @@ fn boot(bench: &Bench<'_>) -> Result<Vm> {
     Ok(vm)
 }
 
-fn full_runs(bench: &Bench<'_>, vm: &Vm) -> Result<(PathBuf, u64, Vec<Created>)> {
+/// Full snapshots, the last of which stays. With `raw`, after each one others write the same memory.
+fn full_runs(
+    bench: &Bench<'_>,
+    vm: &Vm,
+    mut raw: Option<&mut Option<RawRuns>>,
+) -> Result<(PathBuf, u64, Vec<Created>)> {
     let mut last = None;
     let mut done = Vec::new();
     for run in 0..bench.runs {
@@ -108,6 +113,12 @@ fn full_runs(bench: &Bench<'_>, vm: &Vm) -> Result<(PathBuf, u64, Vec<Created>)>
         let output = bench.dir.join(format!("full-{run}"));
         let reached = vm.log().last_tick;
         done.push(bench.squib.create(vm, Create::Full, &output)?);
+        if let Some(raw) = &mut raw {
+            // It would compete for the cores.
+            vm.freeze(true)?;
+            raw_run(bench, &output, raw)?;
+            vm.freeze(false)?;
+        }
         if let Some((before, _)) = last.replace((output, reached)) {
             fs::remove_dir_all(before)?;
         }
@@ -130,20 +141,20 @@ fn runs(bench: &Bench<'_>, vm: &Vm, kind: Create<'_>) -> Runs<Created> {
     Runs::collect((0..bench.runs).map(|_| one()))
 }
 
-fn raw_runs(bench: &Bench<'_>, snapshot: &Path) -> Result<RawRuns> {
+/// `zstd` and `cat` once, on the memory of `snapshot`.
+fn raw_run(bench: &Bench<'_>, snapshot: &Path, runs: &mut Option<RawRuns>) -> Result<()> {
     let raw = bench.dir.join("raw");
     let copy = bench.dir.join("copy");
     let bytes = disk::raw_memory(snapshot, &raw)?;
-    let mut runs = RawRuns { bytes, zstd: Vec::new(), zstd_bytes: 0, cat: Vec::new() };
-    for _ in 0..bench.runs {
-        runs.zstd.push(timed("zstd -q -1 -T0 -c \"$0\" > \"$1\" && sync \"$1\"", &raw, &copy)?);
-        runs.zstd_bytes = disk::size(&copy)?;
-        fs::remove_file(&copy)?;
-        runs.cat.push(timed("cat \"$0\" > \"$1\" && sync \"$1\"", &raw, &copy)?);
-        fs::remove_file(&copy)?;
-    }
+    let runs = runs.get_or_insert_with(RawRuns::default);
+    runs.bytes = bytes;
+    runs.zstd.push(timed("zstd -q -1 -T0 -c \"$0\" > \"$1\" && sync \"$1\"", &raw, &copy)?);
+    runs.zstd_bytes = disk::size(&copy)?;
+    fs::remove_file(&copy)?;
+    runs.cat.push(timed("cat \"$0\" > \"$1\" && sync \"$1\"", &raw, &copy)?);
+    fs::remove_file(&copy)?;
     fs::remove_file(&raw)?;
-    Ok(runs)
+    Ok(())
 }
 
 /// Seconds that the shell takes for `script` with two arguments.
@@ -167,8 +178,7 @@ fn qemu_saves(bench: &Bench<'_>) -> Result<Vec<QemuSaves>> {
     note(bench, "QEMU boots with its memory in a file");
     let memory = bench.dir.join("qemu.memory");
     let mut qemu = Qemu::boot(bench.guest, bench.dir, Some(&memory))?;
-    let once = Bench { runs: 1, ..*bench };
-    all.push(saves(&once, &mut qemu, Way::Shared, Some(&memory))?);
+    all.push(saves(&bench.once_warm(), &mut qemu, Way::Shared, Some(&memory))?);
     Ok(all)
 }
 

@@ -4,7 +4,11 @@ use std::{path::Path, time::Duration};
 
 use anyhow::Result;
 
-use super::{Bench, Runs, create::CreateRuns, note};
+use super::{
+    Bench, Runs,
+    create::{CreateRuns, QemuSaves},
+    note,
+};
 use crate::versus::{
     disk,
     qemu::{Qemu, Way},
@@ -37,7 +41,7 @@ pub(super) struct QemuRestores {
 }
 
 /// squib's modes as they are measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
     Eager,
     /// Without a working set.
@@ -71,80 +75,115 @@ impl Kind {
     }
 }
 
-/// All modes, warm and, where there is such a thing, cold.
+/// All modes, warm and, where there is such a thing, cold. Each round has one restore of each, so that what
+/// else the machine does meets all of them.
 pub(super) fn restore_runs(bench: &Bench<'_>, create: &CreateRuns) -> Result<RestoreRuns> {
     let mut all = RestoreRuns { squib: Vec::new(), qemu: Vec::new(), stayed: 0 };
-    // Lazy before a working set is recorded, which then is there for all that follow.
-    for kind in [Kind::Eager, Kind::Lazy, Kind::LazyRecorded, Kind::TemplateFirst, Kind::Template] {
-        note(bench, &format!("squib restores: {}", kind.name()));
-        if kind == Kind::LazyRecorded && bench.squib.can_restore(Mode::Record) {
-            let recorded =
-                bench.squib.restore(&create.snapshot, Mode::Record, create.reached, RECORDING);
-            if let Err(error) = recorded {
-                let runs = Runs::Failed(format!("{error:#}"));
-                all.squib.push(SquibRestores { kind, cold: false, runs });
-                continue;
-            }
-        }
-        squib_restores(bench, create, kind, &mut all)?;
+    note(bench, "squib makes a template");
+    rounds(&bench.once_warm(), create, &[Who::Squib(Kind::TemplateFirst)], &mut all);
+    let mut who: Vec<Who<'_>> = [Kind::Eager, Kind::Lazy, Kind::Template].map(Who::Squib).into();
+    who.extend(create.qemu.iter().map(Who::Qemu));
+    note(bench, "squib and QEMU restore");
+    rounds(bench, create, &who, &mut all);
+    // Last: a working set that is there once is there for all that follow.
+    let kind = Kind::LazyRecorded;
+    note(bench, "squib records a working set, and restores with it");
+    let recorded = match bench.squib.can_restore(Mode::Record) {
+        true => bench.squib.restore(&create.snapshot, Mode::Record, create.reached, RECORDING),
+        false => return Ok(all.with(kind, Runs::NotInBuild)),
+    };
+    match recorded {
+        Ok(_) => rounds(bench, create, &[Who::Squib(kind)], &mut all),
+        Err(error) => return Ok(all.with(kind, Runs::Failed(format!("{error:#}")))),
     }
-    for saves in &create.qemu {
-        note(bench, &format!("{} restores", saves.way.name()));
-        for cold in temperatures(bench) {
-            let mut one = || -> Result<Back> {
-                set_temperature(bench, &saves.last.files(), cold, &mut all.stayed)?;
-                let (qemu, first_instruction) = Qemu::restore(bench.guest, &saves.last, bench.dir)?;
-                let outputs = Outputs::wait(&qemu.vm)?;
-                outputs.check(&qemu.vm, saves.reached)?;
-                Ok(outputs.with_instruction(first_instruction))
-            };
-            let runs = Runs::collect((0..bench.runs).map(|_| one()));
-            all.qemu.push(QemuRestores { way: saves.way, cold, runs });
-        }
-    }
-    Ok(all)
+    Ok(all.in_order())
 }
 
 /// Templates only.
-pub(super) fn template_runs(bench: &Bench<'_>, create: &CreateRuns) -> Result<RestoreRuns> {
+pub(super) fn template_runs(bench: &Bench<'_>, create: &CreateRuns) -> RestoreRuns {
     let mut all = RestoreRuns { squib: Vec::new(), qemu: Vec::new(), stayed: 0 };
-    note(bench, "squib restores: template");
-    for kind in [Kind::TemplateFirst, Kind::Template] {
-        squib_restores(&Bench { in_memory: true, ..*bench }, create, kind, &mut all)?;
-    }
-    Ok(all)
+    note(bench, "squib restores templates");
+    rounds(&bench.once_warm(), create, &[Who::Squib(Kind::TemplateFirst)], &mut all);
+    let warm = Bench { in_memory: true, ..*bench };
+    rounds(&warm, create, &[Who::Squib(Kind::Template)], &mut all);
+    all
 }
 
-fn squib_restores(
+impl RestoreRuns {
+    fn with(mut self, kind: Kind, runs: Runs<Back>) -> Self {
+        self.squib.push(SquibRestores { kind, cold: false, runs });
+        self.in_order()
+    }
+
+    fn in_order(mut self) -> Self {
+        self.squib.sort_by_key(|runs| (runs.kind, runs.cold));
+        self
+    }
+}
+
+/// Whose restores.
+#[derive(Clone, Copy)]
+enum Who<'a> {
+    Squib(Kind),
+    Qemu(&'a QemuSaves),
+}
+
+/// One restore of everyone, warm and cold, in each round. Who fails is left out from then on.
+fn rounds(bench: &Bench<'_>, create: &CreateRuns, who: &[Who<'_>], all: &mut RestoreRuns) {
+    let able = |who: &&Who<'_>| match who {
+        Who::Squib(kind) => bench.squib.can_restore(kind.mode()),
+        Who::Qemu(_) => true,
+    };
+    let mut jobs: Vec<(Who<'_>, bool, Runs<Back>)> = Vec::new();
+    for who in who.iter().filter(able) {
+        for cold in temperatures(bench) {
+            jobs.push((*who, cold, Runs::Done(Vec::new())));
+        }
+    }
+    for _ in 0..bench.runs {
+        for (who, cold, runs) in &mut jobs {
+            if let Runs::Done(done) = runs {
+                match one(bench, create, *who, *cold, &mut all.stayed) {
+                    Ok(back) => done.push(back),
+                    Err(error) => *runs = Runs::Failed(format!("{error:#}")),
+                }
+            }
+        }
+    }
+    for who in who.iter().filter(|who| !able(who)) {
+        jobs.push((*who, false, Runs::NotInBuild));
+    }
+    for (who, cold, runs) in jobs {
+        match who {
+            Who::Squib(kind) => all.squib.push(SquibRestores { kind, cold, runs }),
+            Who::Qemu(saves) => all.qemu.push(QemuRestores { way: saves.way, cold, runs }),
+        }
+    }
+}
+
+fn one(
     bench: &Bench<'_>,
     create: &CreateRuns,
-    kind: Kind,
-    all: &mut RestoreRuns,
-) -> Result<()> {
-    let squib = bench.squib;
-    let possible = match kind {
-        Kind::LazyRecorded => squib.can_restore(Mode::Record),
-        _ => squib.can_restore(kind.mode()),
+    who: Who<'_>,
+    cold: bool,
+    stayed: &mut u64,
+) -> Result<Back> {
+    let files = match who {
+        Who::Squib(_) => vec![create.snapshot.as_path(), bench.squib.home()],
+        Who::Qemu(saves) => saves.last.files(),
     };
-    if !possible {
-        all.squib.push(SquibRestores { kind, cold: false, runs: Runs::NotInBuild });
-        return Ok(());
-    }
-    let files = [create.snapshot.as_path(), squib.home()];
-    for cold in temperatures(bench) {
-        let once = kind == Kind::TemplateFirst;
-        if once && cold {
-            continue;
+    set_temperature(bench, &files, cold, stayed)?;
+    match who {
+        Who::Squib(kind) => {
+            bench.squib.restore(&create.snapshot, kind.mode(), create.reached, Duration::ZERO)
         }
-        let mut one = || {
-            set_temperature(bench, &files, cold, &mut all.stayed)?;
-            squib.restore(&create.snapshot, kind.mode(), create.reached, Duration::ZERO)
-        };
-        let count = if once { 1 } else { bench.runs };
-        let runs = Runs::collect((0..count).map(|_| one()));
-        all.squib.push(SquibRestores { kind, cold, runs });
+        Who::Qemu(saves) => {
+            let (qemu, resumed) = Qemu::restore(bench.guest, &saves.last, bench.dir)?;
+            let outputs = Outputs::wait(&qemu.vm)?;
+            outputs.check(&qemu.vm, saves.reached)?;
+            Ok(outputs.with_instruction(resumed))
+        }
     }
-    Ok(())
 }
 
 /// Warm, and cold where files are not in memory anyway.
