@@ -7,3 +7,4 @@ pub mod difftest;
 pub mod scenario;
 pub mod tiny;
 pub mod transparency;
+pub mod versus;
