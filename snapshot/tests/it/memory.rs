@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use squib_devices::{granules::Frozen, memory::RamStore};
@@ -297,7 +297,9 @@ impl Observer for Overtaken<'_> {
         assert!(self.0.runs.load(Ordering::Relaxed), "the guest runs while memory is written");
         let granules = self.0.machine.ram().granules();
         let changed = || (0..granules.count()).filter(|g| granules.is_changed(*g)).count() as u64;
+        let deadline = Instant::now() + AMPLE;
         while changed() < self.1 {
+            assert!(Instant::now() < deadline, "the guest writes past the granules");
             thread::sleep(Duration::from_millis(1));
         }
     }
