@@ -17,3 +17,4 @@ pub mod publish;
 pub mod sections;
 pub mod snapshot_dir;
 pub mod verify;
+pub mod working_set;

@@ -6,3 +6,4 @@ mod diffs;
 mod golden;
 mod publishing;
 mod round_trip;
+mod working_set;
