@@ -14,6 +14,7 @@ pub mod manifest;
 pub mod names;
 pub mod persist;
 pub mod publish;
+pub mod reorder;
 pub mod sections;
 pub mod snapshot_dir;
 pub mod verify;

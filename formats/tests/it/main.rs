@@ -5,5 +5,6 @@ mod damage;
 mod diffs;
 mod golden;
 mod publishing;
+mod reordering;
 mod round_trip;
 mod working_set;
