@@ -10,6 +10,7 @@ pub mod digest;
 pub mod error;
 pub mod header;
 pub mod image;
+pub mod layer;
 pub mod manifest;
 pub mod names;
 pub mod persist;

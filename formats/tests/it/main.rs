@@ -3,6 +3,7 @@
 mod common;
 mod damage;
 mod diffs;
+mod faults;
 mod golden;
 mod publishing;
 mod reordering;
