@@ -14,6 +14,7 @@ mod digest;
 mod index;
 mod pipeline;
 mod read;
+mod reorder;
 mod source;
 mod write;
 
@@ -27,6 +28,7 @@ use std::{
 pub use digest::{ImageDigest, digest_file, digest_reader, digest_source};
 pub use index::{Index, RECORD_LEN, Record};
 pub use read::{ChunkReader, ImageReader, Loaded};
+pub use reorder::reorder_image;
 pub use source::{FileSource, ImageSource};
 pub use write::{ImageOptions, WrittenImage, write_diff, write_image};
 

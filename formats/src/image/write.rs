@@ -265,7 +265,7 @@ struct Worker<'a> {
     raw: Vec<u8>,
     compressor: Compressor<'static>,
     /// The parent's image and a reader of its chunks.
-    base: Option<(&'a ImageReader, ChunkReader<'a>)>,
+    base: Option<(&'a ImageReader, ChunkReader)>,
     /// Bitmap and bytes of the pages that differ from the parent's.
     bitmap: Vec<u8>,
     pages: Vec<u8>,
