@@ -1,7 +1,8 @@
-//! Files: raw images of memory, the page cache, and how fast the storage is.
+//! Files: raw images of memory, the page cache, and how fast storage and memory are.
 
 use std::{
     fs::{self, File},
+    hint::black_box,
     io::{self, IoSliceMut, Seek, Write},
     os::unix::fs::FileExt,
     path::Path,
@@ -24,6 +25,8 @@ const TMPFS_MAGIC: u32 = 0x0102_1994;
 const LOOK: u64 = 1 << 20;
 /// Bytes that [`write_rates`] writes.
 const TRIAL: u64 = 256 << 20;
+/// Bytes that [`first_touch_rate`] takes.
+const FIRST_TOUCH: usize = 512 << 20;
 
 /// Writes the memory of a snapshot into a raw file.
 pub(super) fn raw_memory(snapshot: &Path, file: &Path) -> Result<u64> {
@@ -153,6 +156,18 @@ pub(super) fn write_rates(dir: &Path) -> Result<WriteRates> {
         Ok(rate(TRIAL, start.elapsed()))
     };
     Ok(WriteRates { fresh: write()?, again: write()? })
+}
+
+/// Bytes a second at which memory can be had that this process did not have. On a virtual machine that gives
+/// memory back to its host it may be far below what memory does, and changes with what ran before.
+pub(super) fn first_touch_rate() -> f64 {
+    let start = Instant::now();
+    let mut memory = vec![0_u8; FIRST_TOUCH];
+    for page in memory.chunks_mut(4096) {
+        page[0] = 1;
+    }
+    black_box(&memory);
+    rate(FIRST_TOUCH as u64, start.elapsed())
 }
 
 /// Bytes a second.

@@ -109,8 +109,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let in_memory = disk::in_memory(work.path())?;
     let qemu = match args.no_qemu {
         true => None,
-        false => Some(qemu::version()?),
+        false => qemu::version().map_err(|error| eprintln!("without QEMU: {error:#}")).ok(),
     };
+    let touch_before = disk::first_touch_rate();
     let storage = Storage {
         dir: work.path().to_owned(),
         in_memory,
@@ -135,7 +136,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             })?);
         }
     }
-    let report = Report { squib: program, qemu, runs, storage, guests, flat };
+    let first_touch = [touch_before, disk::first_touch_rate()];
+    let report = Report { squib: program, qemu, runs, storage, first_touch, guests, flat };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report.json())?);
     } else {

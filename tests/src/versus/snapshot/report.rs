@@ -20,6 +20,8 @@ pub(super) struct Report {
     pub(super) qemu: Option<String>,
     pub(super) runs: usize,
     pub(super) storage: Storage,
+    /// Bytes a second of [`first_touch_rate`](crate::versus::disk::first_touch_rate), before and after all runs.
+    pub(super) first_touch: [f64; 2],
     pub(super) guests: Vec<GuestReport>,
     /// Guests that differ in the size of their memory only.
     pub(super) flat: Vec<GuestReport>,
@@ -149,6 +151,8 @@ impl Report {
         println!("squib {}", self.squib.display());
         println!("{}", self.qemu.as_deref().unwrap_or("without QEMU"));
         println!("{}", self.storage.text());
+        let [before, after] = self.first_touch.map(|rate| rate / 1e6);
+        println!("first touch of memory: {before:.0} MB/s before the runs, {after:.0} MB/s after");
         for guest in self.guests.iter().chain(&self.flat) {
             println!();
             println!(
@@ -208,6 +212,7 @@ impl Report {
             "write_bytes_per_second": rates.map(|rates| {
                 json!({ "never_used": rates.fresh, "allocated": rates.again })
             }),
+            "first_touch_bytes_per_second": self.first_touch,
             "guests": self.guests.iter().map(guest).collect::<Vec<_>>(),
             "flat": self.flat.iter().map(guest).collect::<Vec<_>>(),
             "goals": goals(&self.guests, &self.flat),
