@@ -125,6 +125,11 @@ pub(crate) enum SnapshotCommand {
     Rebase(RebaseArgs),
     /// Remove a snapshot, unless others build on it.
     Rm(RmArgs),
+    /// Write a snapshot again with what `restore --record` found first in the file.
+    Optimize(OptimizeArgs),
+    /// The templates of `restore --mode template`.
+    #[command(subcommand)]
+    Cache(CacheCommand),
 }
 
 #[derive(Debug, Args)]
@@ -325,6 +330,47 @@ pub(crate) struct RebaseArgs {
     /// What is synced to the storage before the snapshot is called safe.
     #[arg(long, value_enum, default_value_t = Durability::Full)]
     pub(crate) durability: Durability,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OptimizeArgs {
+    /// The snapshot.
+    pub(crate) dir: PathBuf,
+    /// The directory to write [default: the snapshot is replaced in one step, unless others build on it].
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Where else to look for the snapshots that a difference builds on: a snapshot, or a directory of
+    /// snapshots; may be given several times.
+    #[arg(long = "parent", value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
+    /// What is synced to the storage before the snapshot is called safe.
+    #[arg(long, value_enum, default_value_t = Durability::Full)]
+    pub(crate) durability: Durability,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// List the templates, the least recently used first.
+    Ls(CacheLsArgs),
+    /// Remove the least recently used templates. VMs that use one are not disturbed.
+    Prune(CachePruneArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CacheLsArgs {
+    /// Print the list as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CachePruneArgs {
+    /// Let the others take at most this many bytes on the disk.
+    #[arg(long, default_value = "0", value_name = "SIZE")]
+    pub(crate) keep: Size,
+    /// Print what was removed as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

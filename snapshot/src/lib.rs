@@ -22,6 +22,7 @@ pub mod rebase;
 pub mod remove;
 pub mod restore;
 pub mod verify;
+pub mod working_set;
 
 pub use disks::ChangedDisks;
 pub use memory::{CacheError, Template, TemplateCache, TemplateInfo};

@@ -1,10 +1,12 @@
 //! `squib snapshot`.
 
+mod cache;
 mod check;
 mod create;
 mod diff;
 mod flatten;
 mod inspect;
+mod optimize;
 mod rebase;
 mod restore;
 mod rm;
@@ -28,5 +30,7 @@ pub(crate) fn snapshot(command: SnapshotCommand, started: Instant) -> Result<Cod
         SnapshotCommand::Check(args) => check::check(&args),
         SnapshotCommand::Rebase(args) => rebase::rebase(&args),
         SnapshotCommand::Rm(args) => rm::rm(&args),
+        SnapshotCommand::Optimize(args) => optimize::optimize(&args),
+        SnapshotCommand::Cache(command) => cache::cache(&command),
     }
 }

@@ -135,7 +135,7 @@ impl<S: Store> Frozen<S> {
                 continue;
             }
             if granules.is_absent(granule) {
-                granules.bring(&mut slow, granule, false).map_err(unavailable)?;
+                granules.bring(&mut slow, granule, None).map_err(unavailable)?;
                 continue;
             }
             let Some(freeze) = &slow.freeze else {

@@ -189,16 +189,16 @@ impl<S: Store> Granules<S> {
         for granule in self.covering(offset, len) {
             // Acquire: the bytes were put there before the bit was set.
             if self.access[granule as usize].load(Ordering::Acquire) & need != need {
-                self.resolve(granule, need, true)?;
+                self.resolve(granule, need, None)?;
             }
         }
         Ok(())
     }
 
-    /// Brings `granule` if it is absent, without anybody having asked for it.
-    pub fn prefetch(&self, granule: u64) -> Result<(), Unavailable> {
+    /// Brings `granule` from `origin` if it is absent, without anybody having asked for it.
+    pub fn prefetch(&self, granule: u64, origin: &dyn Origin) -> Result<(), Unavailable> {
         match self.is_absent(granule) {
-            true => self.resolve(granule, READABLE, false),
+            true => self.resolve(granule, READABLE, Some(origin)),
             false => Ok(()),
         }
     }
@@ -243,8 +243,14 @@ impl<S: Store> Granules<S> {
         (offset, (self.size - offset).min(1 << self.shift) as usize)
     }
 
+    /// `other` is where an absent granule comes from that nobody has asked for.
     #[cold]
-    fn resolve(&self, granule: u64, need: u8, needed: bool) -> Result<(), Unavailable> {
+    fn resolve(
+        &self,
+        granule: u64,
+        need: u8,
+        other: Option<&dyn Origin>,
+    ) -> Result<(), Unavailable> {
         let mut slow = self.slow.lock();
         loop {
             let access = self.access[granule as usize].load(Ordering::Acquire);
@@ -254,7 +260,7 @@ impl<S: Store> Granules<S> {
             if slow.busy.contains(&granule) {
                 self.changed.wait(&mut slow);
             } else if access & READABLE == 0 {
-                self.bring(&mut slow, granule, needed)?;
+                self.bring(&mut slow, granule, other)?;
             } else if self.put_aside(&mut slow, granule)? {
                 self.access[granule as usize].fetch_or(WRITABLE, Ordering::Release);
                 return Ok(());
@@ -267,15 +273,15 @@ impl<S: Store> Granules<S> {
         &self,
         slow: &mut MutexGuard<'_, Slow>,
         granule: u64,
-        needed: bool,
+        other: Option<&dyn Origin>,
     ) -> Result<(), Unavailable> {
         if let Some(failed) = &slow.failed {
             return Err(failed.clone());
         }
-        let origin = slow.origin.clone();
+        let usual = slow.origin.clone();
         let offset = self.place(granule).0;
         let mut has_bytes = false;
-        let loaded = self.busy(slow, granule, || match origin {
+        let loaded = self.busy(slow, granule, || match other.or(usual.as_deref()) {
             Some(origin) => origin.load(granule, &mut |bytes| {
                 has_bytes = true;
                 self.store.fill(offset, bytes)
@@ -285,7 +291,7 @@ impl<S: Store> Granules<S> {
         if let Err(why) = loaded {
             return Err(self.fail(slow, offset, &why.to_string()));
         }
-        if needed
+        if other.is_none()
             && has_bytes
             && let Some(record) = &mut slow.record
         {

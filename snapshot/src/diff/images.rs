@@ -182,14 +182,14 @@ fn area(image: &str, offset: u64, size: u64) -> Area {
 }
 
 /// Reads chunks of both images and compares their pages.
-struct Pages<'a> {
-    a: ChunkReader<'a>,
-    b: ChunkReader<'a>,
+struct Pages {
+    a: ChunkReader,
+    b: ChunkReader,
 }
 
-impl<'a> Pages<'a> {
+impl Pages {
     /// `None` unless the chunks of both can be read.
-    fn open(a: &'a Image, b: &'a Image) -> Result<Option<Self>, FormatError> {
+    fn open(a: &Image, b: &Image) -> Result<Option<Self>, FormatError> {
         match (a, b) {
             (Image::Whole(a), Image::Whole(b)) => {
                 Ok(Some(Self { a: a.chunks(0)?, b: b.chunks(0)? }))

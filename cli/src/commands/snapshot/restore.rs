@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use squib_devices::memory::GuestRam;
 use squib_formats::snapshot_dir::Snapshot;
 use squib_snapshot::{
     ChangedDisks, FormatError, TemplateCache,
@@ -10,6 +11,7 @@ use squib_snapshot::{
         DiskError, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
         restore as bring_back,
     },
+    working_set::{Recorded, record},
 };
 use squib_vmm::machine::{self, ClockPolicy, Identity};
 
@@ -20,7 +22,7 @@ use crate::{
     exit::{Code, Failure, Result, WithCode},
     home::VmDir,
     kit::cache_dir,
-    output::ByteBar,
+    output::{ByteBar, bytes},
     session::Session,
     timings::Phases,
 };
@@ -36,7 +38,8 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
     };
     let session =
         Session { name: &name, args: &args.common, started, restart: false, paused: args.paused };
-    session.run(&mut |console, dir, phases| {
+    let mut memory = None;
+    let code = session.run(&mut |console, dir, phases| {
         let bar = ByteBar::new("restore");
         let options = options(args, &name, dir, &bar)?;
         let restored = bring_back(&args.dir, &options, console).map_err(failure)?;
@@ -51,8 +54,29 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
             }
         }
         note(phases, &restored);
+        memory = Some(restored.machine.ram().clone());
         Ok(restored.machine)
-    })
+    });
+    // However the guest ended, what it needed until then is known.
+    if args.record
+        && let Some(memory) = memory
+    {
+        note_working_set(args, &memory);
+    }
+    code
+}
+
+/// Writes down what the guest has needed. That cannot fail the restore, which is over.
+fn note_working_set(args: &RestoreArgs, memory: &GuestRam) {
+    match record(&args.dir, memory) {
+        Ok(Some(Recorded { touched, common, bytes: size })) => eprintln!(
+            "squib: {}: {touched} chunks of memory were needed; recorded {common} ({}) that every run needs",
+            args.dir.display(),
+            bytes(size)
+        ),
+        Ok(None) => eprintln!("squib: nothing is recorded: the guest has needed no memory"),
+        Err(error) => eprintln!("squib: nothing is recorded: {error}"),
+    }
 }
 
 fn options<'a>(
