@@ -37,7 +37,7 @@ impl Children {
             return Err(io::Error::other(format!("{} is not UTF-8", path.display())));
         };
         let _lock = self.lock()?;
-        if self.read(parent).iter().any(|known| *known == path) {
+        if self.read(parent).contains(&path) {
             return Ok(());
         }
         let mut line = serde_json::to_vec(text)?;

@@ -356,7 +356,7 @@ fn a_file_that_may_not_be_read_is_named() {
     vm.end();
     for name in ["manifest", "state", "memory.idx", "memory.zst"] {
         let file = place.path(&format!("snap/{name}"));
-        fs::set_permissions(&file, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
         let (code, _, error) = place.done(&["snapshot", "restore", "snap"]);
         assert_eq!(code, 5, "{error}");
         assert!(error.contains(name) && error.contains("Permission denied"), "{error}");

@@ -178,3 +178,37 @@ fn after_a_full_disk_the_next_difference_is_right() {
     assert_eq!(digests(&at("b")), digests(&at("full")));
     verify(&at("b"), &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
 }
+
+#[test]
+fn changes_of_machine_sections_and_outside_disks_are_told_and_chunks_where_pages_cannot_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let away = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut guest = Still::new(dir.path());
+    capture(&guest, &at("a"), &options(None)).unwrap();
+    work(&guest, 1);
+    capture(&guest, &at("b"), &options(Some(at("a")))).unwrap();
+    guest.config.vcpus = 2;
+    fs::write(guest.disk_path(1), [8; 4096]).unwrap();
+    capture(&guest, &at("c"), &options(None)).unwrap();
+
+    let found = diff(&at("b"), &at("c"), &[], Control::default()).unwrap();
+    let changes: Vec<_> = found.machine.iter().map(|change| &*change.what).collect();
+    assert_eq!(changes, ["vCPUs", "disk data: bytes"]);
+    assert!(!found.equal, "the guest sees another disk");
+    assert!(found.images.iter().all(|image| image.changed_chunks == 0));
+
+    let whole = diff(&at("a"), &at("b"), &[], Control::default()).unwrap();
+    let memory = &whole.images[0];
+    assert_eq!((memory.changed_chunks, memory.changed_pages), (2, Some(2)));
+    assert_eq!(whole.images[1].changed_bytes, 4096, "{:?}", whole.images[1]);
+    // `b` alone has no bytes to compare with those of `a`.
+    fs::rename(at("a"), away.path().join("a")).unwrap();
+    fs::create_dir(at("apart")).unwrap();
+    fs::rename(at("b"), at("apart/b")).unwrap();
+    let index = diff(&at("c"), &at("apart/b"), &[], Control::default()).unwrap();
+    assert_eq!((index.images[0].changed_chunks, index.images[0].changed_pages), (0, None));
+    let parents = [away.path().to_owned()];
+    let found = diff(&at("c"), &at("apart/b"), &parents, Control::default()).unwrap();
+    assert_eq!(found.images[0].changed_pages, Some(0));
+}
