@@ -26,7 +26,7 @@ const LOOK: u64 = 1 << 20;
 /// Bytes that [`write_rates`] writes.
 const TRIAL: u64 = 256 << 20;
 /// Bytes that [`first_touch_rate`] takes.
-const FIRST_TOUCH: usize = 512 << 20;
+const FIRST_TOUCH: u64 = 512 << 20;
 
 /// Writes the memory of a snapshot into a raw file.
 pub(super) fn raw_memory(snapshot: &Path, file: &Path) -> Result<u64> {
@@ -159,15 +159,26 @@ pub(super) fn write_rates(dir: &Path) -> Result<WriteRates> {
 }
 
 /// Bytes a second at which memory can be had that this process did not have. On a virtual machine that gives
-/// memory back to its host it may be far below what memory does, and changes with what ran before.
+/// memory back to its host it may be far below what memory does.
 pub(super) fn first_touch_rate() -> f64 {
     let start = Instant::now();
-    let mut memory = vec![0_u8; FIRST_TOUCH];
-    for page in memory.chunks_mut(4096) {
-        page[0] = 1;
+    have_memory(FIRST_TOUCH);
+    rate(FIRST_TOUCH, start.elapsed())
+}
+
+/// Takes `bytes` of memory and gives them back: whoever comes next finds them at hand. Otherwise on such a virtual
+/// machine the first one to need memory pays for it, and the next one does not.
+pub(super) fn have_memory(bytes: u64) {
+    let mut left = bytes;
+    let mut blocks = Vec::new();
+    while left > 0 {
+        let mut block = vec![0_u8; left.min(1 << 30) as usize];
+        for page in block.chunks_mut(4096) {
+            page[0] = 1;
+        }
+        left -= block.len() as u64;
+        blocks.push(black_box(block));
     }
-    black_box(&memory);
-    rate(FIRST_TOUCH as u64, start.elapsed())
 }
 
 /// Bytes a second.
