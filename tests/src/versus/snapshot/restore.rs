@@ -152,6 +152,11 @@ fn rounds(bench: &Bench<'_>, create: &CreateRuns, who: &[Who<'_>], all: &mut Res
                 }
             }
         }
+        // Not always the same one after the same other.
+        jobs.reverse();
+    }
+    if bench.runs % 2 == 1 {
+        jobs.reverse();
     }
     for who in who.iter().filter(|who| !able(who)) {
         jobs.push((*who, false, Runs::NotInBuild));
