@@ -3,17 +3,15 @@
 use std::{
     fs::{self, File},
     hint::black_box,
-    io::{self, IoSliceMut, Seek, Write},
+    io::{self, Seek, Write},
     os::unix::fs::FileExt,
     path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
-use rustix::{
-    fs::{Advice, fadvise, statfs, statvfs},
-    io::{Errno, ReadWriteFlags, preadv2},
-};
+use rustix::fs::{Advice, fadvise, statfs, statvfs};
 use squib_formats::{
     image::{Control, ImageReader, Sink},
     manifest::MEMORY_IMAGE,
@@ -21,12 +19,14 @@ use squib_formats::{
 };
 
 const TMPFS_MAGIC: u32 = 0x0102_1994;
-/// How much of a file is asked about at a time whether it is cached.
-const LOOK: u64 = 1 << 20;
+/// Of util-linux: tells what of a file is in the page cache.
+const FINCORE: &str = "fincore";
+/// How often it is tried to drop a file from the page cache.
+const DROPS: usize = 3;
 /// Bytes that [`write_rates`] writes.
 const TRIAL: u64 = 256 << 20;
 /// Bytes that [`first_touch_rate`] takes.
-const FIRST_TOUCH: usize = 512 << 20;
+const FIRST_TOUCH: u64 = 512 << 20;
 
 /// Writes the memory of a snapshot into a raw file.
 pub(super) fn raw_memory(snapshot: &Path, file: &Path) -> Result<u64> {
@@ -60,15 +60,25 @@ pub(super) fn room(dir: &Path) -> Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Drops all regular files in `dirs` from the page cache; the bytes that stayed there all the same.
+/// Drops all regular files in `dirs` from the page cache; the bytes that stayed there all the same, as far as
+/// [can be told](can_look).
 pub(super) fn drop_cache(dirs: &[&Path]) -> Result<u64> {
     let mut left = 0;
+    let look = can_look();
     for dir in dirs {
         each_file(dir, &mut |path| {
             let file = File::open(path)?;
             file.sync_data()?;
-            fadvise(&file, 0, None, Advice::DontNeed)?;
-            left += cached(&file)?;
+            let mut kept = 0;
+            // Pages that the kernel is busy with stay the first time.
+            for _ in 0..DROPS {
+                fadvise(&file, 0, None, Advice::DontNeed)?;
+                kept = if look { cached(path)? } else { 0 };
+                if kept == 0 {
+                    break;
+                }
+            }
+            left += kept;
             Ok(())
         })?;
     }
@@ -111,22 +121,17 @@ fn each_file(path: &Path, act: &mut dyn FnMut(&Path) -> io::Result<()>) -> Resul
     Ok(())
 }
 
-/// About how many bytes of `file` a read would find in the page cache: one byte of each [`LOOK`] is tried.
-fn cached(file: &File) -> io::Result<u64> {
-    let length = file.metadata()?.len();
-    let mut found = 0;
-    for at in (0..length).step_by(LOOK as usize) {
-        let mut byte = [0];
-        let read = preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT);
-        match read {
-            Ok(_) => found += LOOK.min(length - at),
-            Err(Errno::AGAIN) => {}
-            // The file system cannot tell.
-            Err(Errno::OPNOTSUPP) => return Ok(length),
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(found)
+/// Bytes of a file that are in the page cache. A read that must not wait would tell as well, but starts to read
+/// ahead, and so warms what is to be cold.
+fn cached(path: &Path) -> io::Result<u64> {
+    let output = Command::new(FINCORE).args(["-b", "-n", "-o", "RES"]).arg(path).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.trim().parse().map_err(|_| io::Error::other(format!("{FINCORE} says `{text}`")))
+}
+
+/// Whether it can be told what is in the page cache.
+pub(super) fn can_look() -> bool {
+    Command::new(FINCORE).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
 /// Bytes a second with a sync at the end.
@@ -159,15 +164,26 @@ pub(super) fn write_rates(dir: &Path) -> Result<WriteRates> {
 }
 
 /// Bytes a second at which memory can be had that this process did not have. On a virtual machine that gives
-/// memory back to its host it may be far below what memory does, and changes with what ran before.
+/// memory back to its host it may be far below what memory does.
 pub(super) fn first_touch_rate() -> f64 {
     let start = Instant::now();
-    let mut memory = vec![0_u8; FIRST_TOUCH];
-    for page in memory.chunks_mut(4096) {
-        page[0] = 1;
+    have_memory(FIRST_TOUCH);
+    rate(FIRST_TOUCH, start.elapsed())
+}
+
+/// Takes `bytes` of memory and gives them back: whoever comes next finds them at hand. Otherwise on such a virtual
+/// machine the first one to need memory pays for it, and the next one does not.
+pub(super) fn have_memory(bytes: u64) {
+    let mut left = bytes;
+    let mut blocks = Vec::new();
+    while left > 0 {
+        let mut block = vec![0_u8; left.min(1 << 30) as usize];
+        for page in block.chunks_mut(4096) {
+            page[0] = 1;
+        }
+        left -= block.len() as u64;
+        blocks.push(black_box(block));
     }
-    black_box(&memory);
-    rate(FIRST_TOUCH as u64, start.elapsed())
 }
 
 /// Bytes a second.

@@ -132,11 +132,18 @@ impl Qemu {
         let memory = saved.memory.as_deref().map(|file| (file, false));
         let mut command = command(guest.memory, memory);
         command.args(["-incoming", "defer"]);
-        let mut qemu = Self::start(command, dir)?;
         let reader = match saved.way {
-            Way::Plain | Way::Shared => format!("exec:cat {}", quoted(&saved.stream)?),
+            Way::Plain | Way::Shared => {
+                // From the file itself, with no other process between.
+                let mut shell = Command::new("sh");
+                shell.args(["-c", "exec \"$@\" 3< \"$0\""]).arg(&saved.stream);
+                shell.arg(command.get_program()).args(command.get_args());
+                command = shell;
+                "fd:3".to_owned()
+            }
             Way::Zstd => format!("exec:zstd -q -d -c {}", quoted(&saved.stream)?),
         };
+        let mut qemu = Self::start(command, dir)?;
         qemu.qmp.capabilities(saved.way)?;
         qemu.qmp.command("migrate-incoming", json!({ "uri": reader }))?;
         qemu.qmp.migrated()?;

@@ -110,6 +110,7 @@ fn full_runs(
     let mut done = Vec::new();
     for run in 0..bench.runs {
         vm.wait_ticks(BOOTED, PATIENCE)?;
+        disk::have_memory(bench.guest.memory);
         let output = bench.dir.join(format!("full-{run}"));
         let reached = vm.log().last_tick;
         done.push(bench.squib.create(vm, Create::Full, &output)?);
@@ -133,6 +134,7 @@ fn runs(bench: &Bench<'_>, vm: &Vm, kind: Create<'_>) -> Runs<Created> {
     }
     let one = || {
         thread::sleep(WORK);
+        disk::have_memory(bench.guest.memory);
         let output = bench.dir.join("other");
         let created = bench.squib.create(vm, kind, &output)?;
         fs::remove_dir_all(output)?;
@@ -161,6 +163,7 @@ fn raw_run(bench: &Bench<'_>, snapshot: &Path, runs: &mut Option<RawRuns>) -> Re
 fn timed(script: &str, from: &Path, to: &Path) -> Result<f64> {
     let mut command = Command::new("sh");
     command.arg("-c").arg(script).arg(from).arg(to);
+    disk::have_memory(disk::size(from)?);
     let start = Instant::now();
     child::run(&mut command)?;
     Ok(start.elapsed().as_secs_f64())
@@ -190,6 +193,7 @@ fn saves(bench: &Bench<'_>, qemu: &mut Qemu, way: Way, memory: Option<&Path>) ->
             qemu.go_on()?;
         }
         qemu.vm.wait_ticks(BOOTED, PATIENCE)?;
+        disk::have_memory(bench.guest.memory);
         let reached = qemu.vm.log().last_tick;
         let saved = qemu.save(way, memory, &bench.dir.join(format!("qemu-{way:?}")))?;
         seconds.push(saved.took.as_secs_f64());

@@ -11,7 +11,12 @@ use super::{
     goals::{Goal, goals},
     restore::{Kind, QemuRestores, RestoreRuns},
 };
-use crate::versus::{disk::WriteRates, median, qemu::Way, squib_vm::Back};
+use crate::versus::{
+    disk::{self, WriteRates},
+    median,
+    qemu::Way,
+    squib_vm::Back,
+};
 
 /// Everything that was measured.
 pub(super) struct Report {
@@ -248,11 +253,17 @@ impl Storage {
         let dir = self.dir.display();
         match &self.rates {
             None => format!("files in {dir}, which is memory: there is no cold page cache"),
-            Some(rates) => format!(
-                "files in {dir}; synced writes: {:.0} MB/s to new blocks, {:.0} MB/s to the same again",
-                rates.fresh / 1e6,
-                rates.again / 1e6
-            ),
+            Some(rates) => {
+                format!(
+                    "files in {dir}; synced writes: {:.0} MB/s to new blocks, {:.0} MB/s to the same again",
+                    rates.fresh / 1e6,
+                    rates.again / 1e6
+                ) + if disk::can_look() {
+                    ""
+                } else {
+                    "; without fincore (util-linux) it is not checked that the page cache is cold"
+                }
+            }
         }
     }
 }

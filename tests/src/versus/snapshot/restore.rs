@@ -18,6 +18,9 @@ use crate::versus::{
 /// How long a guest runs whose working set is written down.
 const RECORDING: Duration = Duration::from_secs(1);
 
+/// Memory of a VM's process beside its guest's data, bytes.
+const PROCESS: u64 = 256 << 20;
+
 /// What came of the runs.
 pub(super) struct RestoreRuns {
     pub(super) squib: Vec<SquibRestores>,
@@ -149,6 +152,11 @@ fn rounds(bench: &Bench<'_>, create: &CreateRuns, who: &[Who<'_>], all: &mut Res
                 }
             }
         }
+        // Not always the same one after the same other.
+        jobs.reverse();
+    }
+    if bench.runs % 2 == 1 {
+        jobs.reverse();
     }
     for who in who.iter().filter(|who| !able(who)) {
         jobs.push((*who, false, Runs::NotInBuild));
@@ -173,6 +181,8 @@ fn one(
         Who::Qemu(saves) => saves.last.files(),
     };
     set_temperature(bench, &files, cold, stayed)?;
+    // The guest's data, as often as anyone holds it, and the rest of the process.
+    disk::have_memory(bench.guest.data * 2 + PROCESS);
     match who {
         Who::Squib(kind) => {
             bench.squib.restore(&create.snapshot, kind.mode(), create.reached, Duration::ZERO)
