@@ -25,9 +25,9 @@ pub(crate) struct PageCode {
 
 /// All decoded code of one vCPU.
 pub(crate) struct CodeCache {
-    /// By number of the page in RAM. A page's record stays where it is once it exists, since
-    /// translations point to it.
-    pages: Vec<Option<Box<PageCode>>>,
+    /// By number of the page in RAM, in groups, so that a machine with much RAM begins as fast as one with
+    /// little. A page's record stays where it is once it exists, since translations point to it.
+    groups: Vec<Option<Box<Group>>>,
     /// Blocks that are out of use but may still be executing; freed by [`sweep`](Self::sweep).
     retired: Vec<Box<[Op]>>,
     /// Ops in use.
@@ -35,6 +35,10 @@ pub(crate) struct CodeCache {
     /// Records in `pages`.
     records: usize,
 }
+
+/// Pages of a group: 2 MiB of RAM.
+const GROUP: usize = 512;
+type Group = [Option<Box<PageCode>>; GROUP];
 
 /// When more ops than this are held, all are dropped and decoding starts anew: 96 MiB.
 const MAX_OPS: usize = 4 << 20;
@@ -44,13 +48,15 @@ const MAX_RECORDS: usize = 16 << 10;
 
 impl CodeCache {
     pub(crate) fn new(ram: &Ram) -> Self {
-        let pages = (0..ram.pages()).map(|_| None).collect();
-        Self { pages, retired: Vec::new(), ops: 0, records: 0 }
+        let groups = (0..ram.pages().div_ceil(GROUP)).map(|_| None).collect();
+        Self { groups, retired: Vec::new(), ops: 0, records: 0 }
     }
 
     /// The record of page number `index`, whose 4 KiB of RAM are at `host`.
     pub(crate) fn page(&mut self, index: usize, host: *const u8) -> *mut PageCode {
-        let record = self.pages[index].get_or_insert_with(|| {
+        let group =
+            self.groups[index / GROUP].get_or_insert_with(|| Box::new([const { None }; GROUP]));
+        let record = group[index % GROUP].get_or_insert_with(|| {
             self.records += 1;
             let blocks = [std::ptr::null_mut(); PAGE_INSNS];
             Box::new(PageCode { blocks, index, host, owned: Vec::new() })
@@ -78,7 +84,9 @@ impl CodeCache {
 
     /// Takes the blocks of page number `page` out of use.
     pub(crate) fn forget_page(&mut self, page: usize) {
-        if let Some(Some(code)) = self.pages.get_mut(page) {
+        if let Some(Some(group)) = self.groups.get_mut(page / GROUP)
+            && let Some(code) = &mut group[page % GROUP]
+        {
             code.blocks.fill(std::ptr::null_mut());
             self.ops -= code.owned.iter().map(|block| block.len()).sum::<usize>();
             self.retired.append(&mut code.owned);
@@ -87,8 +95,10 @@ impl CodeCache {
 
     /// Takes all blocks out of use.
     pub(crate) fn drop_all(&mut self) {
-        for page in 0..self.pages.len() {
-            self.forget_page(page);
+        for group in 0..self.groups.len() {
+            if self.groups[group].is_some() {
+                (group * GROUP..(group + 1) * GROUP).for_each(|page| self.forget_page(page));
+            }
         }
     }
 
@@ -101,7 +111,7 @@ impl CodeCache {
         if self.ops <= MAX_OPS && self.records <= MAX_RECORDS {
             return false;
         }
-        self.pages.fill_with(|| None);
+        self.groups.fill_with(|| None);
         (self.ops, self.records) = (0, 0);
         true
     }

@@ -121,7 +121,7 @@ pub struct Shared {
 impl Shared {
     /// A machine with `ram` and `counter`, and no vCPU yet.
     pub fn new(ram: Ram, counter: Arc<Counter>) -> Arc<Self> {
-        let has_code = (0..ram.pages()).map(|_| AtomicU8::new(0)).collect();
+        let has_code = zeros(ram.pages());
         Arc::new(Self { ram, counter, has_code, peers: RwLock::default() })
     }
 
@@ -135,6 +135,14 @@ impl Shared {
     pub(crate) fn peers(&self) -> Vec<Arc<Peer>> {
         self.peers.read().unwrap_or_else(|poison| poison.into_inner()).clone()
     }
+}
+
+/// Zeros that take memory only where they are written to: a machine with much RAM begins as fast as one with
+/// little.
+fn zeros(count: usize) -> Box<[AtomicU8]> {
+    let bytes = Box::into_raw(vec![0u8; count].into_boxed_slice());
+    // SAFETY: AtomicU8 has the size, the alignment and the bit validity of u8, and this is the only owner.
+    unsafe { Box::from_raw(bytes as *mut [AtomicU8]) }
 }
 
 /// Maintenance that one vCPU asks of another.
