@@ -124,6 +124,10 @@ impl End {
                 Ok(Code::GuestReset)
             }
             Self::Guest(Outcome::Crashed(crash)) => Err(Failure::new(Code::GuestCrash, crash)),
+            Self::Guest(Outcome::Damaged(why)) => {
+                let advice = "`squib snapshot verify` lists all damage";
+                Err(Failure::new(Code::Snapshot, anyhow::anyhow!("{why}: {advice}")))
+            }
             Self::Signal(signal) => Ok(Code::Signal(signal)),
         }
     }

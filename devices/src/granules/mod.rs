@@ -69,7 +69,7 @@ pub trait Baseline: Send + Sync {
 
 /// An absent granule cannot be had. Nobody gets the bytes of any other in its place: see
 /// [`Granules::on_failure`].
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: the {granule_size} bytes at {offset:#x} cannot be loaded: {why}")]
 pub struct Unavailable {
     /// What it is a part of.

@@ -429,9 +429,9 @@ fn a_damaged_chunk_ends_the_machine_that_touches_it_by_name() {
     damage(&path, offset);
     let machine = back(&path, MemoryLoad::Record).unwrap().machine;
     let ended = machine.run_until(START + 40_000).unwrap();
-    let RunUntil::Ended(Outcome::Crashed(crash)) = ended else { panic!("{ended:?}") };
+    let RunUntil::Ended(Outcome::Damaged(lost)) = ended else { panic!("{ended:?}") };
     let named = format!("memory.zst: chunk {chunk}");
-    assert!(crash.why.contains(&named), "{crash}");
+    assert!(lost.why.contains(&named), "{lost}");
     // A reader that is no vCPU gets an error, not other bytes.
     let at = GuestAddress(0x8000_0000 + (chunk << 16));
     let error = machine.ram().read_obj::<u64>(at).unwrap_err().to_string();
@@ -451,8 +451,8 @@ fn a_chunk_that_only_the_loader_meets_ends_the_machine_too() {
     damage(&path, offset);
     let machine = back(&path, MemoryLoad::Lazy).unwrap().machine;
     let outcome = machine.wait_timeout(AMPLE);
-    let Some(Outcome::Crashed(crash)) = outcome else { panic!("{outcome:?}") };
-    assert!(crash.why.contains(&format!("memory.zst: chunk {chunk}")), "{crash}");
+    let Some(Outcome::Damaged(lost)) = outcome else { panic!("{outcome:?}") };
+    assert!(lost.why.contains(&format!("memory.zst: chunk {chunk}")), "{lost}");
 }
 
 #[test]
@@ -463,8 +463,8 @@ fn a_snapshot_that_is_cut_off_under_a_lazy_restore_ends_it() {
     let file = fs::OpenOptions::new().write(true).open(path.join("memory.zst")).unwrap();
     file.set_len(0).unwrap();
     let ended = machine.run_until(START + 1000).unwrap();
-    let RunUntil::Ended(Outcome::Crashed(crash)) = ended else { panic!("{ended:?}") };
-    assert!(crash.why.contains("memory.zst: cannot read"), "{crash}");
+    let RunUntil::Ended(Outcome::Damaged(lost)) = ended else { panic!("{ended:?}") };
+    assert!(lost.why.contains("memory.zst: cannot read"), "{lost}");
 }
 
 #[test]

@@ -23,9 +23,7 @@ use super::{
     devices,
     gate::Gate,
     section_name, state_error,
-    types::{
-        ClockPolicy, Crash, Identity, MachineError, Outcome, RestoreOptions, TimeState, Timings,
-    },
+    types::{ClockPolicy, Identity, MachineError, Outcome, RestoreOptions, TimeState, Timings},
     vcpu::{Board, vcpu_thread},
 };
 use crate::{
@@ -96,8 +94,7 @@ impl Machine {
         // A device meets it too, and has nobody to tell but the guest, which must not go on.
         ram.granules().on_failure(move |failure| {
             if let Some(board) = end.upgrade() {
-                let crash = Crash { vcpu: 0, pc: None, why: failure.to_string() };
-                board.gate.end(Outcome::Crashed(crash));
+                board.gate.end(Outcome::Damaged(failure.clone()));
             }
         });
         let mut machine = Self {

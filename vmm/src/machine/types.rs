@@ -7,7 +7,9 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use squib_devices::{bus::BusOverlap, device::PauseError, virtio::block::BlockError};
+use squib_devices::{
+    bus::BusOverlap, device::PauseError, granules::Unavailable, virtio::block::BlockError,
+};
 use squib_formats::{first_version, persist::PersistError};
 
 use crate::{
@@ -27,6 +29,9 @@ pub enum Outcome {
     Stopped,
     /// It cannot go on.
     Crashed(Crash),
+    /// A part of its memory or of a disk cannot be had, or is not what it was. The guest has seen nothing in
+    /// its place.
+    Damaged(Unavailable),
 }
 
 impl fmt::Display for Outcome {
@@ -36,6 +41,7 @@ impl fmt::Display for Outcome {
             Self::Reset => f.write_str("the guest asked for a reset"),
             Self::Stopped => f.write_str("the machine was stopped"),
             Self::Crashed(crash) => crash.fmt(f),
+            Self::Damaged(why) => why.fmt(f),
         }
     }
 }

@@ -66,7 +66,10 @@ impl Runner<'_> {
                 Next::Exit => return,
                 Next::Run { limit } => self.limit = limit,
             }
-            if let Err(error) = self.run(vcpu) {
+            // That has ended the machine already.
+            if let Err(error) = self.run(vcpu)
+                && !matches!(error, HypervisorError::Memory(_))
+            {
                 let crash = Crash { vcpu: self.index, pc: vcpu.pc().ok(), why: error.to_string() };
                 tracing::error!("{crash}");
                 self.board.gate.end(Outcome::Crashed(crash));
