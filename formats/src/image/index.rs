@@ -87,6 +87,29 @@ pub struct Index {
 }
 
 impl Index {
+    /// Parses and checks `bytes`, all records of the index of `image`, whose data file has `data_length` bytes;
+    /// only a difference has patch and parent records.
+    pub fn decode(
+        image: &ImageRecord,
+        data_length: u64,
+        is_diff: bool,
+        bytes: &[u8],
+    ) -> Result<Self, FormatError> {
+        let mut parser = Parser::new(image, data_length, is_diff);
+        let whole = bytes.len() / RECORD_LEN * RECORD_LEN;
+        parser.records(&bytes[..whole])?;
+        let index = parser.finish()?;
+        match whole == bytes.len() {
+            true => Ok(index),
+            false => Err(FormatError::Length {
+                file: image.index_file(),
+                what: "the file".into(),
+                expected: whole as u64,
+                found: bytes.len() as u64,
+            }),
+        }
+    }
+
     /// Size of the raw image in bytes.
     pub fn size(&self) -> u64 {
         self.layout.size

@@ -4,6 +4,7 @@ mod common;
 mod damage;
 mod diffs;
 mod faults;
+mod fuzz;
 mod golden;
 mod publishing;
 mod reordering;

@@ -1,0 +1,177 @@
+//! The fuzz targets over their corpus and over mutations of it.
+
+use std::{fs, path::PathBuf};
+
+use squib_formats::{
+    header,
+    image::{ImageReader, MIN_CHUNK_SIZE},
+    snapshot_dir::Snapshot,
+    working_set::WorkingSet,
+};
+
+#[path = "../../../fuzz/src/lib.rs"]
+#[expect(unreachable_pub, reason = "the targets are a library for the fuzzer")]
+mod targets;
+
+/// Mutations of a target's entries.
+const MUTATIONS: u64 = 500;
+
+fn corpus(target: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus")).join(target)
+}
+
+/// The entries of a corpus in the order of their names.
+fn entries(target: &str) -> Vec<Vec<u8>> {
+    let mut paths: Vec<_> =
+        fs::read_dir(corpus(target)).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// Numbers that are the same in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.0 >> 33) as usize) % end.max(1)
+    }
+}
+
+/// Changes a few bytes as a fuzzer does: flips, extremes, cuts, copies, and pieces of another entry.
+fn mutate(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut Numbers) {
+    for _ in 0..1 + numbers.below(4) {
+        if bytes.is_empty() {
+            bytes.push(0);
+        }
+        let at = numbers.below(bytes.len());
+        match numbers.below(7) {
+            0 | 1 => bytes[at] ^= 1 << numbers.below(8),
+            2 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][numbers.below(5)],
+            3 => {
+                let end = (at + 1 + numbers.below(8)).min(bytes.len());
+                bytes[at..end].fill([0, 0xff][numbers.below(2)]);
+            }
+            4 => drop(bytes.drain(at..(at + 1 + numbers.below(16)).min(bytes.len()))),
+            5 => {
+                let end = (at + 1 + numbers.below(64)).min(bytes.len());
+                let to = numbers.below(bytes.len() - (end - at) + 1);
+                bytes.copy_within(at..end, to);
+            }
+            _ => {
+                let from = numbers.below(other.len());
+                let piece = &other[from..(from + numbers.below(64)).min(other.len())];
+                bytes.splice(at..at, piece.iter().copied());
+            }
+        }
+    }
+}
+
+fn run(name: &str) {
+    let (_, target) = targets::TARGETS.into_iter().find(|target| target.0 == name).unwrap();
+    let entries = entries(name);
+    // Otherwise the digests that a target puts in are not the right ones any more, and it tests nothing.
+    assert!(entries.iter().any(|entry| target(entry)), "no entry is taken");
+    for entry in &entries {
+        target(entry);
+    }
+    let mut numbers = Numbers(0);
+    for _ in 0..MUTATIONS {
+        let mut bytes = entries[numbers.below(entries.len())].clone();
+        let other = &entries[numbers.below(entries.len())];
+        mutate(&mut bytes, other, &mut numbers);
+        target(&bytes);
+    }
+}
+
+#[test]
+fn manifests() {
+    run("manifest");
+}
+
+#[test]
+fn indexes() {
+    run("index");
+}
+
+#[test]
+fn sections() {
+    run("section");
+}
+
+#[test]
+fn working_sets() {
+    run("working_set");
+}
+
+#[test]
+fn whole_snapshots() {
+    run("snapshot");
+}
+
+#[test]
+fn every_corpus_has_a_target() {
+    let names = crate::common::names(&corpus(""));
+    let mut known: Vec<_> = targets::TARGETS.iter().map(|target| target.0.to_owned()).collect();
+    known.sort();
+    assert_eq!(names, known);
+}
+
+/// Puts a first entry or two into each corpus: `cargo test -p squib-formats --test it fuzz -- --ignored`.
+#[test]
+#[ignore = "writes into the corpus"]
+fn write_the_first_entries() {
+    let put = |target: &str, name: &str, bytes: &[u8]| {
+        fs::create_dir_all(corpus(target)).unwrap();
+        fs::write(corpus(target).join(name), bytes).unwrap();
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snap");
+    let mut memory = vec![0; 8 * MIN_CHUNK_SIZE as usize - 100];
+    memory[20_000..30_000].fill(7);
+    for (at, byte) in memory.iter_mut().enumerate().skip(100_000) {
+        *byte = (at / 5) as u8;
+    }
+    targets::publish(&path, &memory).unwrap();
+    let file = |name: &str| fs::read(path.join(name)).unwrap();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+    for (name, path) in [("full", "1.0/manifest"), ("diff", "1.1/diff/manifest")] {
+        put("manifest", name, &fs::read(format!("{golden}/{path}")).unwrap());
+    }
+    put("index", "full", &[&[100, 0, 0, 0xff, 0xff, 0], &file("memory.idx")[..]].concat());
+    let diff = fs::read(format!("{golden}/1.1/diff/memory.idx")).unwrap();
+    put("index", "diff", &[&[0, 2, 1, 0xff, 0xff, 8], &diff[..]].concat());
+    put("section", "shapes", &[&[1], &targets::shapes()[..]].concat());
+    put("working_set", "four", &fs::read(format!("{golden}/working-set-1")).unwrap());
+
+    let snapshot = Snapshot::open(&path).unwrap();
+    let record = snapshot.manifest().image("memory").unwrap();
+    let set = WorkingSet::new(record, vec![7, 1, 6]).unwrap().encode();
+    let body = &file("manifest")[header::LEN..];
+    let whole = |index: &[u8], data: &[u8], body: &[u8]| {
+        let parts = [&file("state")[..], index, data, &set];
+        let lengths = parts.map(|part| (part.len() as u16).to_le_bytes()).concat();
+        [&lengths, &parts.concat(), body].concat()
+    };
+    let (index, data) = (file("memory.idx"), file("memory.zst"));
+    put("snapshot", "full", &whole(&index, &data, body));
+
+    // A difference: a parent record, and a patch of two pages in the place of a frame.
+    let mut manifest = snapshot.manifest().clone();
+    manifest.parent = Some(snapshot.id());
+    let body = squib_formats::codec::encode("manifest", &manifest).unwrap();
+    let mut patch = vec![0b0101];
+    patch.extend(zstd::bulk::compress(&[9; 8192], 1).unwrap());
+    let mut index = index;
+    index[4 * 48..5 * 48].fill(0);
+    index[4 * 48] = 3;
+    let record = &mut index[5 * 48..6 * 48];
+    record.fill(0);
+    record[0] = 2;
+    record[4..8].copy_from_slice(&(patch.len() as u32).to_le_bytes());
+    record[8..16].copy_from_slice(&(data.len() as u64).to_le_bytes());
+    let data = [data, patch].concat();
+    put("snapshot", "diff", &whole(&index, &data, &body));
+    let image = ImageReader::open(&snapshot, "memory").unwrap();
+    assert_eq!(image.index().records().len(), 8);
+}
