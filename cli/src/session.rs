@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use squib_vmm::machine::{Machine, Outcome};
+use squib_vmm::machine::{Machine, MachineError, Outcome};
 
 use crate::{
     api::server::Server,
@@ -71,7 +71,11 @@ impl Session<'_> {
         let console = Console::attach(input, events.clone())?;
         phases.end("control socket and console");
         if !self.paused {
-            machine.resume().code(Code::Failed)?;
+            match machine.resume() {
+                // A damaged snapshot may have ended it already.
+                Ok(()) | Err(MachineError::Ended(_)) => {}
+                Err(error) => return Err(Failure::new(Code::Failed, error)),
+            }
         }
         watch(machine.clone(), events.clone())?;
         if let Some(format) = self.args.timings {

@@ -133,7 +133,7 @@ pub enum RestoreError {
     },
     /// The template cannot be made or used.
     #[error(transparent)]
-    Template(#[from] CacheError),
+    Template(CacheError),
     /// Memory for the guest could not be had.
     #[error("{size} bytes of guest memory: {source}")]
     Memory {
@@ -197,6 +197,16 @@ pub fn restore(
         memory: loaded,
         timings,
     })
+}
+
+impl From<CacheError> for RestoreError {
+    fn from(error: CacheError) -> Self {
+        match error {
+            // That is the snapshot's fault, not the cache's.
+            CacheError::Image(error) => Self::Format(error),
+            error => Self::Template(error),
+        }
+    }
 }
 
 impl From<CheckError> for RestoreError {

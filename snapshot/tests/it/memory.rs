@@ -661,9 +661,7 @@ fn a_damaged_chunk_never_becomes_part_of_a_template() {
     let error = back(&path, MemoryLoad::Template(cache(dir.path()))).err().unwrap();
     let damaged = matches!(
         error,
-        RestoreError::Template(CacheError::Image(
-            FormatError::Chunk { .. } | FormatError::Digest { .. }
-        ))
+        RestoreError::Format(FormatError::Chunk { .. } | FormatError::Digest { .. })
     );
     assert!(damaged, "{error}");
     assert!(error.to_string().contains(&format!("chunk {chunk}")), "{error}");
