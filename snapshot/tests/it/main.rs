@@ -2,6 +2,7 @@
 
 mod captures;
 mod diffs;
+mod disks;
 mod guest;
 mod memory;
 mod restores;
