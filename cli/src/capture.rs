@@ -1,7 +1,8 @@
 //! Snapshots of the running machine, as the control API asks for them.
 
 use std::{
-    path::Path,
+    collections::BTreeMap,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -9,17 +10,21 @@ use std::{
     time::Duration,
 };
 
-use squib_formats::{image::ImageOptions, manifest::MEMORY_IMAGE};
+use squib_formats::{image::ImageOptions, manifest::MEMORY_IMAGE, snapshot_dir::Snapshot};
 use squib_snapshot::{
     Durability, Existing,
-    capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, capture},
+    capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, DiskMode, capture},
     inspect::inspect,
     observe::{Observer, Phase as Step, Run},
 };
-use squib_vmm::machine::Machine;
+use squib_vmm::{config::MachineConfig, machine::Machine};
 
 use crate::{
-    api::types::{self, DiskReport, Phase, SnapshotCreateParams, SnapshotProgress, SnapshotReport},
+    api::types::{
+        self, DiskModeParam, DiskReport, Phase, SnapshotCreateParams, SnapshotProgress,
+        SnapshotReport,
+    },
+    home::Home,
     output::ms,
 };
 
@@ -96,8 +101,10 @@ pub(crate) fn write(
         },
         pause_deadline: PAUSE_DEADLINE,
         parent: params.parent_path.clone(),
+        dependents_in: if params.force { children_of(&params.snapshot_path) } else { Vec::new() },
         after: if params.stop { After::Stop } else { After::GoOn },
         live: params.live,
+        disks: disk_modes(machine.config(), &params.disk_mode),
         image: ImageOptions {
             chunk_size: params.chunk_size.unwrap_or(image.chunk_size),
             level: params.level.unwrap_or(image.level),
@@ -114,7 +121,45 @@ pub(crate) fn write(
     gauge.writing(None);
     gauge.set(SnapshotProgress::default());
     let captured = captured.map_err(advise)?;
+    note(&captured);
     report(&params.snapshot_path, &captured)
+}
+
+/// Where snapshots were written that build on the one at `path`, if there is one.
+fn children_of(path: &Path) -> Vec<PathBuf> {
+    match (Snapshot::open(path), Home::open()) {
+        (Ok(snapshot), Ok(home)) => home.children().below(snapshot.id()),
+        _ => Vec::new(),
+    }
+}
+
+/// Takes note of where a difference lies, for whoever wants to remove its parent.
+fn note(captured: &Captured) {
+    let Some(parent) = Snapshot::open(&captured.path).ok().and_then(|s| s.manifest().parent) else {
+        return;
+    };
+    match Home::open().map(|home| home.children().record(parent, &captured.path)) {
+        Ok(Ok(())) => {}
+        // It is advice only.
+        Ok(Err(error)) => tracing::warn!("{}: not noted: {error}", captured.path.display()),
+        Err(error) => tracing::warn!("{}: not noted: {error}", captured.path.display()),
+    }
+}
+
+/// The mode of each disk that has one. A disk that the machine does not have stays in: the capture names it.
+fn disk_modes(config: &MachineConfig, params: &[DiskModeParam]) -> BTreeMap<String, DiskMode> {
+    let mode = |param: &DiskModeParam| match param.mode {
+        types::DiskMode::Capture => DiskMode::Capture,
+        types::DiskMode::Reference => DiskMode::Reference,
+    };
+    let mut modes = BTreeMap::new();
+    for param in params.iter().filter(|param| param.disk_id.is_none()) {
+        modes.extend(config.disks.iter().map(|disk| (disk.id.clone(), mode(param))));
+    }
+    for param in params {
+        modes.extend(param.disk_id.iter().map(|id| (id.clone(), mode(param))));
+    }
+    modes
 }
 
 /// What a step is called where people and clients read it.
@@ -144,6 +189,9 @@ fn advise(error: CaptureError) -> anyhow::Error {
             "make a full snapshot, or one that builds on a flattened parent"
         }
         CaptureError::ReplacesParent { .. } => "name another directory",
+        CaptureError::ReplacesNeeded { .. } => {
+            "name another directory, or flatten, rebase or remove those first"
+        }
         _ => return error.into(),
     };
     anyhow::anyhow!("{error}: {advice}")

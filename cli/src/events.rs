@@ -1,12 +1,25 @@
 //! What can end a VM, in one channel that the command's own thread waits on.
 
-use std::sync::{Arc, atomic::AtomicBool, mpsc::Sender};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicI32, Ordering},
+    mpsc::{Sender, channel},
+};
 
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 
+use squib_formats::error::FormatError;
 use squib_vmm::machine::Outcome;
 
-use crate::console;
+use crate::{
+    console,
+    exit::{Code, Failure},
+};
+
+/// The signal that asked the process to end; 0 as long as none has.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+/// Whether one has.
+static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Something that happened to the VM or its process.
 #[derive(Debug)]
@@ -39,6 +52,30 @@ pub(crate) fn survive_file_size_limits() -> std::io::Result<()> {
     Ok(())
 }
 
+/// True once a signal that [`watch_signals`] waits for has come: what may take long gives up.
+pub(crate) fn asked() -> &'static AtomicBool {
+    &ASKED
+}
+
+/// For a command that ends by itself: a signal makes it give up in order, a second one ends it at once. Gives
+/// what becomes true with the first.
+pub(crate) fn give_up_on_signals() -> std::io::Result<&'static AtomicBool> {
+    watch_signals(channel().0)?;
+    Ok(asked())
+}
+
+/// The failure of a command that reads or writes a snapshot. One that was told to give up ends as by that
+/// signal.
+pub(crate) fn failure(error: FormatError) -> Failure {
+    match (&error, SIGNAL.load(Ordering::Relaxed)) {
+        (FormatError::Cancelled, signal) if signal != 0 => {
+            let why = anyhow::anyhow!("given up on signal {signal}; nothing is left behind");
+            Failure::new(Code::Signal(signal), why)
+        }
+        _ => Failure::new(Code::Snapshot, error),
+    }
+}
+
 /// Starts the thread that turns signals into events. A second one of them ends the process at once.
 pub(crate) fn watch_signals(events: Sender<Event>) -> std::io::Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCONT])?;
@@ -54,6 +91,8 @@ pub(crate) fn watch_signals(events: Sender<Event>) -> std::io::Result<()> {
                 std::process::exit(128 + signal);
             }
             asked = true;
+            SIGNAL.store(signal, Ordering::Relaxed);
+            ASKED.store(true, Ordering::Release);
             // Nobody to tell: the VM is already ending.
             let _ = events.send(Event::Signal(signal));
         }

@@ -5,6 +5,7 @@
 //! RUN/vms/NAME/vm.json    process id and configuration, for `squib ps`
 //! RUN/vms/NAME/api.sock   the control socket
 //! STATE/disks/NAME/       disks that a restore made for this VM only
+//! STATE/children/         where differences were written: see [`children`](crate::children)
 //! ```
 //!
 //! `STATE` is `SQUIB_HOME`, else `squib` below `XDG_STATE_HOME` or `~/.local/state`: disks are too large for
@@ -26,6 +27,8 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use squib_vmm::config::NAME_MAX;
+
+use crate::children::Children;
 
 /// Room for a path in `sockaddr_un`, its closing zero byte not counted.
 const SOCKET_PATH_MAX: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
@@ -129,6 +132,7 @@ pub struct VmRecord {
 pub struct Home {
     vms: PathBuf,
     disks: PathBuf,
+    children: PathBuf,
 }
 
 impl Home {
@@ -148,11 +152,25 @@ impl Home {
 
     /// The folders `run` and `state`.
     pub fn at(run: &Path, state: &Path) -> Result<Self, HomeError> {
-        let home = Self { vms: run.join("vms"), disks: state.join("disks") };
-        for dir in [state, run, &home.vms, &home.disks] {
+        let home = Self {
+            vms: run.join("vms"),
+            disks: state.join("disks"),
+            children: state.join("children"),
+        };
+        for dir in [state, run, &home.vms, &home.disks, &home.children] {
             private_dir(dir)?;
         }
         Ok(home)
+    }
+
+    /// Below which restored disks lie, unless the user wants them elsewhere.
+    pub fn disks(&self) -> &Path {
+        &self.disks
+    }
+
+    /// Where differences were written.
+    pub fn children(&self) -> Children {
+        Children::at(self.children.clone())
     }
 
     /// Takes the name for this process; what dead VMs left is removed.

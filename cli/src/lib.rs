@@ -4,6 +4,7 @@
 pub mod api;
 mod args;
 mod capture;
+pub mod children;
 mod commands;
 mod console;
 mod events;

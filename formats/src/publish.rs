@@ -8,8 +8,9 @@
 use std::{
     ffi::OsString,
     fs::{self, File},
-    io::{self, Read, Write},
-    os::fd::OwnedFd,
+    io::{self, Read},
+    num::NonZeroU64,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -18,7 +19,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags},
+    fs::{Advice, CWD, FlockOperation, Mode, OFlags, RenameFlags},
     io::Errno,
 };
 
@@ -26,12 +27,15 @@ use crate::{
     digest::Digest,
     error::FormatError,
     header::{self, Header},
+    layer::{Layer, Real},
     manifest::{self, FileRecord, Manifest},
     names,
 };
 
-/// Bytes that are gathered before a write.
+/// Bytes that are gathered before a write; a quarter of that is written as it comes.
 const BUFFER: usize = 1 << 20;
+/// Bytes after which the storage is set to work on a file that will be synced.
+const WRITEBACK: u64 = 8 << 20;
 
 /// What to do with a snapshot that is there already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +65,7 @@ pub struct Staging {
     parent: PathBuf,
     path: PathBuf,
     existing: Existing,
+    layer: Arc<dyn Layer>,
     /// The staging directory, locked.
     dir: OwnedFd,
     files: Vec<(FileRecord, File)>,
@@ -73,6 +78,24 @@ pub struct Staging {
 impl Staging {
     /// Begins a snapshot that will lie at `target`, in a directory that exists.
     pub fn new(target: &Path, existing: Existing) -> Result<Self, FormatError> {
+        Self::begin(target, existing, Arc::new(Real))
+    }
+
+    /// As [`new`](Self::new), with every step through `layer`.
+    #[cfg(feature = "faults")]
+    pub fn with_layer(
+        target: &Path,
+        existing: Existing,
+        layer: Arc<dyn Layer>,
+    ) -> Result<Self, FormatError> {
+        Self::begin(target, existing, layer)
+    }
+
+    fn begin(
+        target: &Path,
+        existing: Existing,
+        layer: Arc<dyn Layer>,
+    ) -> Result<Self, FormatError> {
         let Some(name) = target.file_name() else {
             return Err(FormatError::Name { name: target.display().to_string() });
         };
@@ -87,12 +110,13 @@ impl Staging {
         prefix.push(name);
         prefix.push(".partial-");
         sweep(&parent, &prefix);
-        let (path, dir) = make_locked(&parent, &prefix)?;
+        let (path, dir) = make_locked(&*layer, &parent, &prefix)?;
         Ok(Self {
             target,
             parent,
             path,
             existing,
+            layer,
             dir,
             files: Vec::new(),
             durability: Durability::Full,
@@ -114,17 +138,17 @@ impl Staging {
     /// A new file in the snapshot.
     pub fn create(&self, name: &str) -> Result<StagedFile, FormatError> {
         names::check(name)?;
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|error| FormatError::io(name, "create", error))?;
+        let file = self.layer.create(self.dir.as_fd(), name);
+        let file = file.map_err(|error| FormatError::io(name, "create", error))?;
         Ok(StagedFile {
             name: name.to_owned(),
-            file: File::from(file),
+            file,
+            layer: self.layer.clone(),
             buffer: Vec::with_capacity(BUFFER),
             hasher: blake3::Hasher::new(),
-            length: 0,
+            put: 0,
             room: self.room.clone(),
+            writeback: (self.durability == Durability::Full).then_some(0),
         })
     }
 
@@ -164,9 +188,10 @@ impl Staging {
             return Ok(());
         }
         for (record, file) in &self.files {
-            file.sync_all().map_err(|error| FormatError::io(&record.name, "sync", error))?;
+            let synced = self.layer.sync(&record.name, file);
+            synced.map_err(|error| FormatError::io(&record.name, "sync", error))?;
         }
-        let synced = rustix::fs::fsync(&self.dir);
+        let synced = self.layer.sync_dir(&self.path);
         synced.map_err(|error| FormatError::io(self.path.display().to_string(), "sync", error))
     }
 
@@ -182,43 +207,62 @@ impl Staging {
             false => RenameFlags::NOREPLACE,
         };
         let mut old = self.path.clone();
-        match rustix::fs::renameat_with(CWD, &self.path, CWD, &self.target, flags) {
+        let renamed = self.layer.rename(&self.path, &self.target, flags);
+        match renamed.as_ref().map_err(Errno::from_io_error) {
             Ok(()) => {}
-            Err(Errno::EXIST | Errno::NOTEMPTY) => {
+            Err(Some(Errno::EXIST | Errno::NOTEMPTY)) => {
                 return Err(FormatError::Exists { path: self.target.clone() });
             }
             // The file system has neither flag: the best that is left is two renames.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+            Err(Some(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP)) => {
                 if replaces {
                     old.as_mut_os_string().push("-old");
-                    fs::rename(&self.target, &old).map_err(io("replace"))?;
+                    self.rename(&self.target, &old).map_err(io("replace"))?;
                 }
-                if let Err(error) = fs::rename(&self.path, &self.target) {
+                if let Err(error) = self.rename(&self.path, &self.target) {
                     if replaces {
-                        fs::rename(&old, &self.target).map_err(io("put back"))?;
+                        self.rename(&old, &self.target).map_err(io("put back"))?;
                     }
                     return Err(io("rename into place")(error));
                 }
             }
-            Err(error) => return Err(io("rename into place")(error.into())),
+            Err(_) => renamed.map_err(io("rename into place"))?,
+        }
+        if self.durability == Durability::Full
+            && let Err(error) = self.layer.sync_dir(&self.parent)
+        {
+            // Nobody knows what a loss of power would leave: as after any error, all is as it was before.
+            let undone = match replaces {
+                true if old == self.path => {
+                    self.layer.rename(&self.path, &self.target, RenameFlags::EXCHANGE)
+                }
+                true => self
+                    .rename(&self.target, &self.path)
+                    .and_then(|()| self.rename(&old, &self.target)),
+                false => self.rename(&self.target, &self.path),
+            };
+            // What cannot be taken back must not be removed, whichever of the two it is.
+            self.published = undone.is_err();
+            undone.map_err(io("put back"))?;
+            return Err(io("sync the place of")(error));
         }
         self.published = true;
-        if self.durability == Durability::Full {
-            let synced = File::open(&self.parent).and_then(|dir| dir.sync_all());
-            synced.map_err(io("sync the place of"))?;
-        }
-        if replaces && let Err(error) = fs::remove_dir_all(&old) {
+        if replaces && let Err(error) = self.layer.remove(&old) {
             // The new snapshot is safe; the next writer to this place sweeps what is left of the old.
             tracing::warn!("{}: cannot remove the replaced snapshot: {error}", old.display());
         }
         Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.layer.rename(from, to, RenameFlags::empty())
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
         if !self.published
-            && let Err(error) = fs::remove_dir_all(&self.path)
+            && let Err(error) = self.layer.remove(&self.path)
         {
             tracing::warn!("{}: cannot remove: {error}", self.path.display());
         }
@@ -230,17 +274,24 @@ impl Drop for Staging {
 pub struct StagedFile {
     name: String,
     file: File,
+    layer: Arc<dyn Layer>,
     buffer: Vec<u8>,
     hasher: blake3::Hasher,
-    length: u64,
+    /// Bytes handed to the operating system.
+    put: u64,
     room: Option<Arc<AtomicU64>>,
+    /// Bytes that the storage has been set to work on, if the file will be synced.
+    writeback: Option<u64>,
 }
 
 impl StagedFile {
     /// Appends `bytes`.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
+        if bytes.len() >= BUFFER / 4 {
+            self.flush()?;
+            return self.put(bytes);
+        }
         self.buffer.extend_from_slice(bytes);
-        self.length += bytes.len() as u64;
         match self.buffer.len() < BUFFER {
             true => Ok(()),
             false => self.flush(),
@@ -249,29 +300,61 @@ impl StagedFile {
 
     /// Bytes appended so far.
     pub fn length(&self) -> u64 {
-        self.length
+        self.put + self.buffer.len() as u64
     }
 
     fn flush(&mut self) -> Result<(), FormatError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        self.put(&buffer)?;
+        buffer.clear();
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
         let io = |error| FormatError::io(&self.name, "write", error);
         if let Some(room) = &self.room {
-            let need = self.buffer.len() as u64;
+            let need = bytes.len() as u64;
             let take = |room: u64| room.checked_sub(need);
             room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map_err(|room| {
                 let why = format!("{need} bytes more than the {room} left of the snapshot's limit");
                 io(io::Error::new(io::ErrorKind::StorageFull, why))
             })?;
         }
-        self.hasher.update(&self.buffer);
-        self.file.write_all(&self.buffer).map_err(io)?;
-        self.buffer.clear();
+        self.hasher.update(bytes);
+        let mut left = bytes;
+        while !left.is_empty() {
+            match self.layer.write(&self.name, &self.file, left) {
+                Ok(0) => return Err(io(io::ErrorKind::WriteZero.into())),
+                Ok(len) => left = &left[len..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(io(error)),
+            }
+        }
+        self.put += bytes.len() as u64;
+        self.start_writeback();
         Ok(())
+    }
+
+    /// Lets the storage write while there is still more to come, so that the sync at the end has little
+    /// left to wait for.
+    fn start_writeback(&mut self) {
+        #[cfg(target_os = "linux")]
+        if let Some(begun) = self.writeback
+            && let Some(len) = NonZeroU64::new(self.put - begun)
+            && len.get() >= WRITEBACK
+        {
+            // For pages that are dirty this advice begins to write them, without waiting; they stay cached
+            // until that is done. It is no more than advice: what goes wrong is told by the sync.
+            let _ = rustix::fs::fadvise(&self.file, begun, Some(len), Advice::DontNeed);
+            self.writeback = Some(self.put);
+        }
     }
 
     fn finish(mut self) -> Result<(FileRecord, File), FormatError> {
         self.flush()?;
-        let Self { name, file, buffer: _, hasher, length, room: _ } = self;
-        Ok((FileRecord { name, length, digest: hasher.finalize().into() }, file))
+        let Self { name, file, layer: _, buffer: _, hasher, put, room: _, writeback: _ } = self;
+        Ok((FileRecord { name, length: put, digest: hasher.finalize().into() }, file))
     }
 }
 
@@ -322,16 +405,20 @@ fn sweep(parent: &Path, prefix: &OsString) {
 }
 
 /// Makes a directory of a new name, mode 0700, and locks it.
-fn make_locked(parent: &Path, prefix: &OsString) -> Result<(PathBuf, OwnedFd), FormatError> {
+fn make_locked(
+    layer: &dyn Layer,
+    parent: &Path,
+    prefix: &OsString,
+) -> Result<(PathBuf, OwnedFd), FormatError> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     loop {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let mut name = prefix.clone();
         name.push(format!("{}-{count}", std::process::id()));
         let path = parent.join(name);
-        let io = |error: Errno| FormatError::io(path.display().to_string(), "create", error);
-        match rustix::fs::mkdir(&path, Mode::RWXU) {
-            Err(Errno::EXIST) => continue,
+        let io = |error| FormatError::io(path.display().to_string(), "create", error);
+        match layer.make_dir(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             made => made.map_err(io)?,
         }
         // A sweeper may have come between; then the directory is gone or going, and another is made.
@@ -340,7 +427,11 @@ fn make_locked(parent: &Path, prefix: &OsString) -> Result<(PathBuf, OwnedFd), F
                 return Ok((path, dir));
             }
             Ok(_) | Err(Errno::NOENT) => continue,
-            Err(error) => return Err(io(error)),
+            Err(error) => {
+                // Empty; if it cannot be removed either, the next writer sweeps it.
+                let _ = fs::remove_dir(&path);
+                return Err(io(error.into()));
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::Read,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -106,6 +106,15 @@ impl Snapshot {
                 found,
             }),
         }
+    }
+
+    /// Opens a regular file that the manifest does not list. Symbolic links are not followed.
+    pub(crate) fn open_unlisted(&self, name: &str) -> Result<File, FormatError> {
+        open_at(&self.dir, name)
+    }
+
+    pub(crate) fn dir(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
     }
 
     /// Names in the directory that the manifest does not list, sorted.

@@ -35,6 +35,7 @@ use crate::{
     disks::{self, Disk, FrozenDisk},
     memory::{FrozenSource, PublishedBaseline},
     observe::{Phase, Run},
+    remove::{self, Dependent},
 };
 
 /// What a capture needs of a machine.
@@ -164,6 +165,9 @@ pub struct CaptureOptions<'a> {
     pub disks: BTreeMap<String, DiskMode>,
     /// Make it a difference to this snapshot, which must stay for as long as the new one is wanted.
     pub parent: Option<PathBuf>,
+    /// Where else snapshots may lie that need one that is to be replaced: see
+    /// [`dependents`](crate::remove::dependents).
+    pub dependents_in: Vec<PathBuf>,
     /// Most bytes that the snapshot may take; more is answered as a full disk is.
     pub limit: Option<u64>,
     /// How it runs.
@@ -184,6 +188,7 @@ impl Default for CaptureOptions<'_> {
             image: ImageOptions::default(),
             disks: BTreeMap::new(),
             parent: None,
+            dependents_in: Vec::new(),
             limit: None,
             run: Run::default(),
         }
@@ -246,6 +251,14 @@ pub enum CaptureError {
         /// The one that would be lost.
         path: PathBuf,
     },
+    /// The snapshot would replace one that others build on.
+    #[error("{}: {}; it is not replaced", .path.display(), remove::needed(.dependents))]
+    ReplacesNeeded {
+        /// The one that would be lost.
+        path: PathBuf,
+        /// Those that need it.
+        dependents: Vec<Dependent>,
+    },
     /// The options name a disk that the machine does not have.
     #[error("the machine has no disk `{id}`")]
     NoSuchDisk {
@@ -270,6 +283,7 @@ pub fn capture(
     // Everything that can fail without the guest's help fails before it is paused.
     let parent = options.parent.as_deref().map(|path| Parent::open(path, output)).transpose()?;
     let parent = parent.as_ref();
+    check_replaced(output, options)?;
     let mut staging = Staging::new(output, options.existing)?;
     staging.durability(options.durability);
     if let Some(limit) = options.limit {
@@ -353,6 +367,20 @@ pub fn capture(
     }
     timings.total = start.elapsed();
     Ok(Captured { id, path: output.to_owned(), memory, disks: captured, stored, timings })
+}
+
+/// Whether nothing builds on the snapshot that is to be replaced.
+fn check_replaced(output: &Path, options: &CaptureOptions<'_>) -> Result<(), CaptureError> {
+    if options.existing == Existing::Refuse {
+        return Ok(());
+    }
+    // What cannot be read as a snapshot is looked at when it is replaced.
+    match remove::dependents(output, &options.dependents_in) {
+        Ok(dependents) if !dependents.is_empty() => {
+            Err(CaptureError::ReplacesNeeded { path: output.to_owned(), dependents })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The snapshot that the new one is a difference to, all its images open.

@@ -9,6 +9,7 @@
 #![warn(missing_docs)]
 
 pub mod capture;
+pub mod check;
 pub mod compat;
 mod config;
 pub mod diff;
@@ -17,8 +18,11 @@ pub mod flatten;
 pub mod inspect;
 mod memory;
 pub mod observe;
+pub mod rebase;
+pub mod remove;
 pub mod restore;
 pub mod verify;
+pub mod working_set;
 
 pub use disks::ChangedDisks;
 pub use memory::{CacheError, Template, TemplateCache, TemplateInfo};

@@ -17,6 +17,7 @@ use squib_formats::{
     manifest::{DiskRecord, DiskStorage, MEMORY_IMAGE, Manifest},
     sections::Sections,
     snapshot_dir::Snapshot,
+    working_set::WorkingSet,
 };
 use squib_vmm::{
     config::{ConfigError, MachineConfig},
@@ -184,10 +185,9 @@ pub fn restore(
     let contents = Contents { ram: ram.clone(), disks: disks.granules() };
     let sections = sections.into_rest();
     let machine = Machine::restore(config, sections, options.machine, contents, console)?;
-    if prefetch {
-        let loader = Loader::start(ram.granules(), Vec::new());
-        let size = ram.size();
-        machine.attach(Box::new(loader.map_err(|source| RestoreError::Memory { size, source })?));
+    if let Some(image) = prefetch {
+        let first = working_set(&snapshot);
+        machine.attach(Box::new(Loader::start(ram.granules(), &image, &first)?));
     }
     disks.keep(&machine)?;
     timings.machine = started.elapsed();
@@ -261,8 +261,8 @@ impl Opened {
 struct Memory {
     ram: GuestRam,
     loaded: Loaded,
-    /// Whether a thread is to bring what is not there.
-    prefetch: bool,
+    /// The image from which a thread is to bring what is not there.
+    prefetch: Option<Arc<ImageReader>>,
 }
 
 impl Memory {
@@ -279,17 +279,20 @@ impl Memory {
                 let image = open()?;
                 let ram = memory::absent_ram(&image).map_err(failed)?;
                 let loaded = memory::load_all(&ram, &image, control)?;
-                with(ram, Arc::new(ImageBaseline(image)), loaded, false)
+                with(ram, Arc::new(ImageBaseline(image)), loaded, None)
             }
             MemoryLoad::Lazy | MemoryLoad::Record => {
                 let image = open()?;
                 let ram = memory::absent_ram(&image).map_err(failed)?;
                 memory::load_lazily(&ram, &image);
-                let record = matches!(options.memory, MemoryLoad::Record);
-                if record {
-                    ram.granules().start_recording();
-                }
-                with(ram, Arc::new(ImageBaseline(image)), Loaded::default(), !record)
+                let prefetch = match options.memory {
+                    MemoryLoad::Record => {
+                        ram.granules().start_recording();
+                        None
+                    }
+                    _ => Some(Arc::clone(&image)),
+                };
+                with(ram, Arc::new(ImageBaseline(image)), Loaded::default(), prefetch)
             }
             MemoryLoad::Template(cache) => {
                 let template = match cache.find(record)? {
@@ -299,9 +302,21 @@ impl Memory {
                 let ram = template.map().map_err(failed)?;
                 let (path, id) = (snapshot.path(), snapshot.id());
                 let baseline = PublishedBaseline::new(path, id, MEMORY_IMAGE);
-                with(ram, Arc::new(baseline), Loaded::default(), false)
+                with(ram, Arc::new(baseline), Loaded::default(), None)
             }
         })
+    }
+}
+
+/// The chunks that the guest will touch first, as far as that is known.
+fn working_set(snapshot: &Snapshot) -> Vec<u32> {
+    match WorkingSet::read(snapshot) {
+        Ok(found) => found.map_or(Vec::new(), |found| found.chunks().to_vec()),
+        Err(error) => {
+            // Only the order of loading depends on it.
+            tracing::warn!("the working set is not used: {error}");
+            Vec::new()
+        }
     }
 }
 

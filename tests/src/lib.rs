@@ -4,6 +4,9 @@
 pub mod console;
 pub mod debian;
 pub mod difftest;
+pub mod linux;
+pub mod retime;
 pub mod scenario;
 pub mod tiny;
 pub mod transparency;
+pub mod versus;

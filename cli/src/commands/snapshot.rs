@@ -1,10 +1,15 @@
 //! `squib snapshot`.
 
+mod cache;
+mod check;
 mod create;
 mod diff;
 mod flatten;
 mod inspect;
+mod optimize;
+mod rebase;
 mod restore;
+mod rm;
 mod verify;
 
 use std::time::Instant;
@@ -22,5 +27,10 @@ pub(crate) fn snapshot(command: SnapshotCommand, started: Instant) -> Result<Cod
         SnapshotCommand::Verify(args) => verify::verify(&args),
         SnapshotCommand::Flatten(args) => flatten::flatten(&args),
         SnapshotCommand::Diff(args) => diff::diff(&args),
+        SnapshotCommand::Check(args) => check::check(&args),
+        SnapshotCommand::Rebase(args) => rebase::rebase(&args),
+        SnapshotCommand::Rm(args) => rm::rm(&args),
+        SnapshotCommand::Optimize(args) => optimize::optimize(&args),
+        SnapshotCommand::Cache(command) => cache::cache(&command),
     }
 }

@@ -135,7 +135,7 @@ impl<S: Store> Frozen<S> {
                 continue;
             }
             if granules.is_absent(granule) {
-                granules.bring(&mut slow, granule, false)?;
+                granules.bring(&mut slow, granule, None)?;
                 continue;
             }
             let Some(freeze) = &slow.freeze else {

@@ -199,7 +199,7 @@ impl<S: Store> Granules<S> {
         for granule in self.covering(offset, len) {
             // Acquire: the bytes were put there before the bit was set.
             if self.access[granule as usize].load(Ordering::Acquire) & need != need {
-                self.resolve(granule, need, true)?;
+                self.resolve(granule, need, None)?;
             }
         }
         Ok(())
@@ -221,7 +221,7 @@ impl<S: Store> Granules<S> {
             if access & READABLE == 0 && whole.contains(&granule) {
                 absent = true;
             } else if access & BOTH != BOTH {
-                self.resolve(granule, BOTH, true)?;
+                self.resolve(granule, BOTH, None)?;
             }
         }
         if !absent {
@@ -233,10 +233,10 @@ impl<S: Store> Granules<S> {
         result
     }
 
-    /// Brings `granule` if it is absent, without anybody having asked for it.
-    pub fn prefetch(&self, granule: u64) -> Result<(), Unavailable> {
+    /// Brings `granule` from `origin` if it is absent, without anybody having asked for it.
+    pub fn prefetch(&self, granule: u64, origin: &dyn Origin) -> Result<(), Unavailable> {
         match self.is_absent(granule) {
-            true => self.resolve(granule, READABLE, false),
+            true => self.resolve(granule, READABLE, Some(origin)),
             false => Ok(()),
         }
     }
@@ -289,11 +289,17 @@ impl<S: Store> Granules<S> {
         (offset, (self.size - offset).min(1 << self.shift) as usize)
     }
 
+    /// `other` is where an absent granule comes from that nobody has asked for.
     #[cold]
-    fn resolve(&self, granule: u64, need: u8, needed: bool) -> Result<(), Unavailable> {
+    fn resolve(
+        &self,
+        granule: u64,
+        need: u8,
+        other: Option<&dyn Origin>,
+    ) -> Result<(), Unavailable> {
         let mut slow = self.slow.lock();
         while self.access[granule as usize].load(Ordering::Acquire) & need != need {
-            self.advance(&mut slow, granule, needed)?;
+            self.advance(&mut slow, granule, other)?;
         }
         Ok(())
     }
@@ -303,12 +309,12 @@ impl<S: Store> Granules<S> {
         &self,
         slow: &mut MutexGuard<'_, Slow>,
         granule: u64,
-        needed: bool,
+        other: Option<&dyn Origin>,
     ) -> Result<(), Unavailable> {
         if slow.busy.contains(&granule) {
             self.changed.wait(slow);
         } else if self.is_absent(granule) {
-            self.bring(slow, granule, needed)?;
+            self.bring(slow, granule, other)?;
         } else if self.put_aside(slow, granule)? {
             self.access[granule as usize].fetch_or(WRITABLE, Ordering::Release);
         }
@@ -330,12 +336,12 @@ impl<S: Store> Granules<S> {
                 if let Some(failed) = &slow.failed {
                     return Err(failed.clone());
                 }
-                let needed = slow.freeze.as_ref().is_some_and(|freeze| freeze.needs(granule, len));
-                if self.is_absent(granule) && !needed && slow.busy.insert(granule) {
+                let frozen = slow.freeze.as_ref().is_some_and(|freeze| freeze.needs(granule, len));
+                if self.is_absent(granule) && !frozen && slow.busy.insert(granule) {
                     claim.claimed.push(granule);
                     break;
                 }
-                self.advance(&mut slow, granule, true)?;
+                self.advance(&mut slow, granule, None)?;
             }
         }
         drop(slow);
@@ -347,17 +353,17 @@ impl<S: Store> Granules<S> {
         &self,
         slow: &mut MutexGuard<'_, Slow>,
         granule: u64,
-        needed: bool,
+        other: Option<&dyn Origin>,
     ) -> Result<(), Unavailable> {
         if let Some(failed) = &slow.failed {
             return Err(failed.clone());
         }
-        let origin = slow.origin.clone();
+        let usual = slow.origin.clone();
         let scribbled = slow.scribbled.contains(&granule);
         let (offset, len) = self.place(granule);
         let mut has_bytes = false;
         let loaded = self.busy(slow, granule, || {
-            let origin = origin.ok_or("nothing is known of them")?;
+            let origin = other.or(usual.as_deref()).ok_or("nothing is known of them")?;
             origin.load(granule, &mut |bytes| {
                 has_bytes = true;
                 self.store.fill(offset, bytes)
@@ -370,7 +376,7 @@ impl<S: Store> Granules<S> {
         if let Err(why) = loaded {
             return Err(self.fail(slow, offset, &why.to_string()));
         }
-        if needed
+        if other.is_none()
             && has_bytes
             && let Some(record) = &mut slow.record
         {

@@ -133,12 +133,12 @@ fn what_cannot_be_had_is_named_to_the_hook_and_to_everybody_after() {
 
 #[test]
 fn needed_granules_with_bytes_are_recorded_in_order_and_prefetched_ones_are_not() {
-    let (granules, _) = absent(8);
+    let (granules, numbers) = absent(8);
     granules.start_recording();
     for granule in [5u64, 3, 1, 5] {
         granules.allow(granule << SHIFT, 1, false).unwrap();
     }
-    granules.prefetch(7).unwrap();
+    granules.prefetch(7, &*numbers).unwrap();
     granules.allow(7 << SHIFT, 1, true).unwrap();
     assert_eq!(granules.recorded(), [5, 1]);
 }
@@ -346,7 +346,7 @@ proptest! {
         before in prop::collection::vec((0usize..12, any::<u8>()), 0..12),
         after in prop::collection::vec((0usize..12, any::<u8>(), 0u8..5), 0..40),
     ) {
-        let (granules, _) = absent(12);
+        let (granules, numbers) = absent(12);
         let mut model: Vec<u8> = (0..12).map(number).collect();
         for (granule, byte) in before {
             write(&granules, granule, byte);
@@ -358,7 +358,7 @@ proptest! {
             match what {
                 0 => write(&granules, granule, byte),
                 1 => granules.allow((granule * SIZE) as u64, 5, false).unwrap(),
-                2 => granules.prefetch(granule as u64).unwrap(),
+                2 => granules.prefetch(granule as u64, &*numbers).unwrap(),
                 3 => overwrite(&granules, granule, (12 - granule).min(3), byte),
                 _ if read_already[granule] => {}
                 _ => {

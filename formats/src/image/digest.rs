@@ -1,10 +1,10 @@
 //! The image digest of raw bytes that are not in a snapshot.
 
-use std::{fs::File, io::Read, os::unix::fs::FileTypeExt, path::Path};
+use std::{fs::File, io::Read, ops::Range, os::unix::fs::FileTypeExt, path::Path};
 
 use super::{
-    CHUNK_SIZE, Content, Control, FileSource, Layout, Source, is_zero, write::run_in_order,
-    zero_digest,
+    CHUNK_SIZE, Content, Control, FileSource, Layout, RECORD_LEN, Source, is_zero,
+    pipeline::run_in_order, zero_digest,
 };
 use crate::{digest::Digest, error::FormatError};
 
@@ -44,7 +44,7 @@ pub fn digest_source(
     let mut hasher = ImageHasher::new();
     let mut zeros = 0;
     let new_worker = || Ok(vec![0; CHUNK_SIZE as usize]);
-    let work = |buffer: &mut Vec<u8>, chunk| {
+    let digest = |buffer: &mut Vec<u8>, chunk| {
         if let Some(known) = layout.known_digest(source, chunk) {
             return Ok(known);
         }
@@ -53,11 +53,16 @@ pub fn digest_source(
             Content::Data => Digest::of(buffer),
         })
     };
-    run_in_order(layout, control, new_worker, work, |chunk, digest| {
-        if digest == zero {
-            zeros += layout.len(chunk) as u64;
+    let work = |buffer: &mut Vec<u8>, chunks: Range<u64>| {
+        chunks.map(|chunk| digest(buffer, chunk)).collect()
+    };
+    run_in_order(layout, control, new_worker, work, |chunks, digests: Vec<Digest>| {
+        for (chunk, digest) in chunks.zip(digests) {
+            if digest == zero {
+                zeros += layout.len(chunk) as u64;
+            }
+            hasher.chunk(digest);
         }
-        hasher.chunk(digest);
         Ok(0)
     })?;
     Ok(ImageDigest { digest: hasher.finish(layout), size: layout.size, zero: zeros })
@@ -109,6 +114,11 @@ pub(super) struct ImageHasher(blake3::Hasher);
 impl ImageHasher {
     pub(super) fn new() -> Self {
         Self(blake3::Hasher::new())
+    }
+
+    /// The next chunk, by its record in the index.
+    pub(super) fn record(&mut self, record: &[u8; RECORD_LEN]) {
+        self.0.update(&record[RECORD_LEN - 32..]);
     }
 
     /// The next chunk.

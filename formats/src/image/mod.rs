@@ -12,19 +12,23 @@
 
 mod digest;
 mod index;
+mod pipeline;
 mod read;
+mod reorder;
 mod source;
 mod write;
 
 use std::{
     io,
     num::NonZeroUsize,
+    ops::Range,
     sync::atomic::{AtomicBool, Ordering},
 };
 
 pub use digest::{ImageDigest, digest_file, digest_reader, digest_source};
 pub use index::{Index, RECORD_LEN, Record};
 pub use read::{ChunkReader, ImageReader, Loaded};
+pub use reorder::reorder_image;
 pub use source::{FileSource, ImageSource, is_hole};
 pub use write::{ImageOptions, WrittenImage, write_diff, write_image};
 
@@ -43,9 +47,9 @@ pub const PAGE_SIZE: usize = 4096;
 /// The zstd level of the frames unless a writer is told otherwise.
 pub const LEVEL: i32 = 1;
 
-/// Chunks that a worker takes at once. Large enough for sequential I/O, small enough for all cores to
-/// finish together.
-const BATCH: u64 = 16;
+/// Raw bytes that a worker takes at once, unless one chunk has more. Enough for sequential I/O, few enough
+/// for all cores to finish together.
+const BATCH: u32 = 1 << 20;
 
 /// Where the raw bytes of an image come from. Called from many threads at once.
 pub trait Source: Sync {
@@ -160,13 +164,18 @@ impl Layout {
         self.size.div_ceil(u64::from(self.chunk_size))
     }
 
+    /// Chunks in a batch, which is what a worker takes at once.
+    fn batch_len(self) -> u64 {
+        (BATCH / self.chunk_size).max(1).into()
+    }
+
     fn batches(self) -> u64 {
-        self.chunks().div_ceil(BATCH)
+        self.chunks().div_ceil(self.batch_len())
     }
 
     /// The chunks of a batch.
-    fn batch(self, batch: u64) -> std::ops::Range<u64> {
-        batch * BATCH..((batch + 1) * BATCH).min(self.chunks())
+    fn batch(self, batch: u64) -> Range<u64> {
+        batch * self.batch_len()..((batch + 1) * self.batch_len()).min(self.chunks())
     }
 
     fn offset(self, chunk: u64) -> u64 {

@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -15,7 +15,7 @@ use std::{
 use zstd::{bulk::Decompressor, zstd_safe};
 
 use super::{
-    BATCH, Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
+    Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
     index::{Index, Parser},
     is_zero,
 };
@@ -25,14 +25,24 @@ use crate::{digest::Digest, error::FormatError, manifest::ImageRecord, snapshot_
 const INDEX_STEP: usize = 4096 * RECORD_LEN;
 /// Most bytes of frames that a worker reads at once, unless one frame is longer.
 const READ_STEP: u64 = 1 << 20;
+/// Most bytes between two frames that are read along with them, since that is faster than two reads.
+const READ_GAP: u64 = 32 << 10;
+/// Most chunks that are looked at for frames to read ahead.
+const MAX_AHEAD: usize = 256;
 
-/// An image of a snapshot, its index checked against the manifest.
-#[derive(Debug)]
+/// An image of a snapshot, its index checked against the manifest. Clones and the readers of
+/// [`chunks`](Self::chunks) share what is open, so that they can live in threads of their own.
+#[derive(Clone, Debug)]
 pub struct ImageReader {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
     record: ImageRecord,
     index: Index,
     data: File,
-    base: Option<Box<Base>>,
+    base: Option<Base>,
 }
 
 /// The parent's image that a difference builds on.
@@ -59,7 +69,7 @@ impl ImageReader {
     /// the records make up the image digest; and likewise the parent's image where the index needs it,
     /// which only a snapshot from [`Snapshot::open_chain`] has. No chunk has been looked at yet.
     pub fn open(snapshot: &Snapshot, name: &str) -> Result<Self, FormatError> {
-        let mut image = Self::open_own(snapshot, name)?;
+        let mut image = Inner::open(snapshot, name)?;
         let needs_base =
             |record: &Record| matches!(record, Record::Patch { .. } | Record::Parent { .. });
         if let Some(id) = snapshot.manifest().parent
@@ -72,79 +82,33 @@ impl ImageReader {
             })?;
             let base = Self::open(parent, name).map_err(|error| error.within(parent.path()))?;
             image.check_base(&base)?;
-            image.base = Some(Box::new(Base { image: base, dir: parent.path().to_owned() }));
+            image.base = Some(Base { image: base, dir: parent.path().to_owned() });
         }
-        Ok(image)
+        Ok(Self { inner: Arc::new(image) })
     }
 
     /// The checked index of the image called `name`. The parent of a difference is not needed for it.
     pub fn open_index(snapshot: &Snapshot, name: &str) -> Result<Index, FormatError> {
-        Ok(Self::open_own(snapshot, name)?.index)
-    }
-
-    /// Whether the parent's image is the one that the index was made against.
-    fn check_base(&self, base: &Self) -> Result<(), FormatError> {
-        let file = || self.record.index_file();
-        let cut = |image: &Self| (image.record.size, image.record.chunk_size);
-        if cut(self) != cut(base) {
-            let why = format!("size and chunk size {:?}, this has {:?}", cut(base), cut(self));
-            return Err(FormatError::field(file(), "the parent's image", why));
-        }
-        for (chunk, record) in (0..).zip(self.index.records()) {
-            if let Record::Parent { digest } = record
-                && base.index.digest(chunk) != *digest
-            {
-                let why = format!("{digest}, the parent has {}", base.index.digest(chunk));
-                return Err(FormatError::field(file(), format!("chunk {chunk}: digest"), why));
-            }
-        }
-        Ok(())
-    }
-
-    fn open_own(snapshot: &Snapshot, name: &str) -> Result<Self, FormatError> {
-        let record = snapshot.manifest().image(name)?.clone();
-        let (data, data_file) = snapshot.open_file(&record.data_file())?;
-        let (mut file, index_file) = snapshot.open_file(&record.index_file())?;
-        let io = |error| FormatError::io(&index_file.name, "read", error);
-        let mut parser =
-            Parser::new(&record, data_file.length, snapshot.manifest().parent.is_some());
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; INDEX_STEP];
-        let mut left = index_file.length;
-        while left > 0 {
-            let step = &mut buffer[..left.min(INDEX_STEP as u64) as usize];
-            file.read_exact(step).map_err(io)?;
-            hasher.update(step);
-            // A damaged byte is reported as such, with both digests, rather than as the odd value
-            // that it makes; only a file that its digest confirms is wrong in its values.
-            if let Err(error) = parser.records(step) {
-                std::io::copy(&mut file, &mut hasher).map_err(io)?;
-                index_file.check(hasher.finalize().into())?;
-                return Err(error);
-            }
-            left -= step.len() as u64;
-        }
-        index_file.check(hasher.finalize().into())?;
-        Ok(Self { index: parser.finish()?, record: record.clone(), data, base: None })
+        Ok(Inner::open(snapshot, name)?.index)
     }
 
     /// The checked index.
     pub fn index(&self) -> &Index {
-        &self.index
+        &self.inner.index
     }
 
     /// The image's record in the manifest.
     pub fn record(&self) -> &ImageRecord {
-        &self.record
+        &self.inner.record
     }
 
     /// A reader of single chunks, for one thread. It reads the frames of the `ahead` chunks that
-    /// follow at the same time, where they lie one behind the other.
-    pub fn chunks(&self, ahead: u64) -> Result<ChunkReader<'_>, FormatError> {
+    /// follow at the same time, where they lie close behind each other. Readers are cheap.
+    pub fn chunks(&self, ahead: u64) -> Result<ChunkReader, FormatError> {
         let decompressor = Decompressor::new()
-            .map_err(|error| FormatError::io(self.record.data_file(), "decompress", error))?;
+            .map_err(|error| FormatError::io(self.record().data_file(), "decompress", error))?;
         Ok(ChunkReader {
-            image: self,
+            image: self.inner.clone(),
             ahead,
             decompressor,
             raw: Vec::new(),
@@ -170,7 +134,7 @@ impl ImageReader {
             done: AtomicU64::new(0),
             stored: AtomicU64::new(0),
         };
-        let layout = self.index.layout();
+        let layout = self.index().layout();
         std::thread::scope(|scope| {
             for _ in 1..layout.batches().min(control.threads.get() as u64) {
                 scope.spawn(|| job.work());
@@ -180,7 +144,7 @@ impl ImageReader {
         if let (_, Some(error)) = job.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
-        let records = self.index.records().iter().zip(0..);
+        let records = self.index().records().iter().zip(0..);
         let zeros = records.filter(|(record, _)| **record == Record::Zero);
         Ok(Loaded {
             size: layout.size,
@@ -191,8 +155,8 @@ impl ImageReader {
 }
 
 /// Reads chunks of an image one at a time. See [`ImageReader::chunks`].
-pub struct ChunkReader<'a> {
-    image: &'a ImageReader,
+pub struct ChunkReader {
+    image: Arc<Inner>,
     ahead: u64,
     decompressor: Decompressor<'static>,
     raw: Vec<u8>,
@@ -204,10 +168,10 @@ pub struct ChunkReader<'a> {
     /// Bytes of the frames decompressed so far.
     stored: u64,
     /// The reader of the parent's image, once a chunk has needed it.
-    base: Option<Box<ChunkReader<'a>>>,
+    base: Option<Box<ChunkReader>>,
 }
 
-impl ChunkReader<'_> {
+impl ChunkReader {
     /// The raw, verified bytes of `chunk`, which is less than the index's number of records; `None`
     /// if all are zero. The last chunk ends where the image ends.
     pub fn read(&mut self, chunk: u64) -> Result<Option<&[u8]>, FormatError> {
@@ -218,7 +182,11 @@ impl ChunkReader<'_> {
             Record::Data { digest, .. } | Record::Patch { digest, .. } => digest,
         };
         let (offset, length) = record.stored().unwrap_or_default();
-        self.fill(chunk, offset, length.into())?;
+        let image = self.image.clone();
+        let records = image.index.records();
+        let last = (chunk + 1).saturating_add(self.ahead).min(records.len() as u64);
+        let following = &records[chunk as usize + 1..last as usize];
+        self.fill(offset, length, following.iter().filter_map(Record::stored))?;
         let start = (offset - self.frames_at) as usize;
         let stored = start..start + length as usize;
         self.stored += u64::from(length);
@@ -258,15 +226,20 @@ impl ChunkReader<'_> {
 
     /// The parent's chunk, verified by the parent's own digest.
     fn read_base(&mut self, chunk: u64) -> Result<Option<&[u8]>, FormatError> {
-        let Some(base) = &self.image.base else {
+        let image = self.image.clone();
+        let Some(base) = &image.base else {
             // An image with such records is not opened without its base.
-            return Err(self.image.chunk_error(chunk, "there is no parent".to_owned()));
+            return Err(image.chunk_error(chunk, "there is no parent".to_owned()));
         };
-        let reader = match &mut self.base {
+        let read = self.base_reader(base)?.read(chunk);
+        read.map_err(|error| error.within(&base.dir))
+    }
+
+    fn base_reader(&mut self, base: &Base) -> Result<&mut ChunkReader, FormatError> {
+        Ok(match &mut self.base {
             Some(reader) => reader,
             none => none.insert(Box::new(base.image.chunks(self.ahead)?)),
-        };
-        reader.read(chunk).map_err(|error| error.within(&base.dir))
+        })
     }
 
     /// Puts the parent's chunk with the pages of the patch at `stored` of `frames` into `raw`.
@@ -299,21 +272,58 @@ impl ChunkReader<'_> {
         Ok(())
     }
 
-    /// Makes `frames` hold the frame at `offset`.
-    fn fill(&mut self, chunk: u64, offset: u64, length: u64) -> Result<(), FormatError> {
+    /// Reads what the data file has of the first of the chunks `upcoming`, which the caller will read next
+    /// and in this order, and of as many of the others as lie close behind each other in the file: a sweep in
+    /// the order of the file takes few, large reads. Does nothing if the first is there already. Chunks that
+    /// the image does not have are passed over.
+    pub fn read_ahead(&mut self, upcoming: &[u64]) -> Result<(), FormatError> {
+        let upcoming = &upcoming[..upcoming.len().min(MAX_AHEAD)];
+        let image = self.image.clone();
+        let record = |chunk: &u64| image.index.records().get(usize::try_from(*chunk).ok()?);
+        let mut places = upcoming.iter().filter_map(|chunk| record(chunk)?.stored());
+        if let Some((offset, length)) = places.next() {
+            self.fill(offset, length, places)?;
+        }
+        if let Some(base) = &image.base {
+            let theirs = |chunk: &u64| {
+                matches!(record(chunk), Some(Record::Parent { .. } | Record::Patch { .. }))
+            };
+            let theirs: Vec<u64> = upcoming.iter().copied().filter(|chunk| theirs(chunk)).collect();
+            if !theirs.is_empty() {
+                let read = self.base_reader(base)?.read_ahead(&theirs);
+                return read.map_err(|error| error.within(&base.dir));
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that the data file has of `chunk`, which has just been read.
+    pub(super) fn stored(&self, chunk: u64) -> &[u8] {
+        let place = self.image.index.records()[chunk as usize].stored();
+        let start = place.and_then(|(offset, _)| offset.checked_sub(self.frames_at));
+        let end = place.zip(start).map(|((_, length), start)| start + u64::from(length));
+        let range = start.zip(end).map(|(start, end)| start as usize..end as usize);
+        range.and_then(|range| self.frames.get(range)).unwrap_or_default()
+    }
+
+    /// Makes `frames` hold what lies at `offset`, and what of `following` lies close behind.
+    fn fill(
+        &mut self,
+        offset: u64,
+        length: u32,
+        following: impl Iterator<Item = (u64, u32)>,
+    ) -> Result<(), FormatError> {
         let have = self.frames_at..self.frames_at + self.frames.len() as u64;
-        if have.start <= offset && offset + length <= have.end {
+        let mut end = offset + u64::from(length);
+        if have.start <= offset && end <= have.end {
             return Ok(());
         }
-        let records = self.image.index.records();
-        let last = (chunk + 1).saturating_add(self.ahead).min(records.len() as u64);
-        let mut end = offset + length;
-        for record in &records[chunk as usize + 1..last as usize] {
-            if let Some((at, length)) = record.stored()
-                && at == end
-                && end - offset < READ_STEP
-            {
-                end += u64::from(length);
+        for (at, length) in following {
+            if end - offset >= READ_STEP {
+                break;
+            }
+            if (end..=end.saturating_add(READ_GAP)).contains(&at) {
+                end = at + u64::from(length);
             }
         }
         self.frames.resize((end - offset) as usize, 0);
@@ -326,7 +336,54 @@ impl ChunkReader<'_> {
     }
 }
 
-impl ImageReader {
+impl Inner {
+    /// Whether the parent's image is the one that the index was made against.
+    fn check_base(&self, base: &ImageReader) -> Result<(), FormatError> {
+        let file = || self.record.index_file();
+        let cut = |record: &ImageRecord| (record.size, record.chunk_size);
+        let (own, theirs) = (cut(&self.record), cut(base.record()));
+        if own != theirs {
+            let why = format!("size and chunk size {theirs:?}, this has {own:?}");
+            return Err(FormatError::field(file(), "the parent's image", why));
+        }
+        for (chunk, record) in (0..).zip(self.index.records()) {
+            if let Record::Parent { digest } = record
+                && base.index().digest(chunk) != *digest
+            {
+                let why = format!("{digest}, the parent has {}", base.index().digest(chunk));
+                return Err(FormatError::field(file(), format!("chunk {chunk}: digest"), why));
+            }
+        }
+        Ok(())
+    }
+
+    fn open(snapshot: &Snapshot, name: &str) -> Result<Self, FormatError> {
+        let record = snapshot.manifest().image(name)?.clone();
+        let (data, data_file) = snapshot.open_file(&record.data_file())?;
+        let (mut file, index_file) = snapshot.open_file(&record.index_file())?;
+        let io = |error| FormatError::io(&index_file.name, "read", error);
+        let mut parser =
+            Parser::new(&record, data_file.length, snapshot.manifest().parent.is_some());
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; INDEX_STEP];
+        let mut left = index_file.length;
+        while left > 0 {
+            let step = &mut buffer[..left.min(INDEX_STEP as u64) as usize];
+            file.read_exact(step).map_err(io)?;
+            hasher.update(step);
+            // A damaged byte is reported as such, with both digests, rather than as the odd value
+            // that it makes; only a file that its digest confirms is wrong in its values.
+            if let Err(error) = parser.records(step) {
+                std::io::copy(&mut file, &mut hasher).map_err(io)?;
+                index_file.check(hasher.finalize().into())?;
+                return Err(error);
+            }
+            left -= step.len() as u64;
+        }
+        index_file.check(hasher.finalize().into())?;
+        Ok(Self { index: parser.finish()?, record: record.clone(), data, base: None })
+    }
+
     fn chunk_error(&self, chunk: u64, why: String) -> FormatError {
         FormatError::Chunk { file: self.record.data_file(), chunk, why }
     }
@@ -368,7 +425,7 @@ struct Load<'a> {
 
 impl Load<'_> {
     fn work(&self) {
-        let layout = self.image.index.layout();
+        let layout = self.image.index().layout();
         let mut reader = None;
         loop {
             let batch = self.next.fetch_add(1, Ordering::Relaxed);
@@ -389,23 +446,19 @@ impl Load<'_> {
         }
     }
 
-    fn chunk<'a>(
-        &'a self,
-        reader: &mut Option<ChunkReader<'a>>,
-        chunk: u64,
-    ) -> Result<(), FormatError> {
+    fn chunk(&self, reader: &mut Option<ChunkReader>, chunk: u64) -> Result<(), FormatError> {
         self.control.check()?;
-        let layout = self.image.index.layout();
-        let record = self.image.index.records()[chunk as usize];
+        let layout = self.image.index().layout();
+        let record = self.image.index().records()[chunk as usize];
         if record == Record::Zero && self.sink.is_zero(layout.offset(chunk), layout.len(chunk)) {
             return Ok(());
         }
         let reader = match reader {
             Some(reader) => reader,
-            none => none.insert(self.image.chunks(BATCH)?),
+            none => none.insert(self.image.chunks(layout.batch_len())?),
         };
         let at = layout.offset(chunk);
-        let failed = |error| FormatError::io(&self.image.record.name, "write back", error);
+        let failed = |error| FormatError::io(&self.image.record().name, "write back", error);
         match reader.read(chunk)? {
             Some(bytes) => self.sink.write(at, bytes).map_err(failed)?,
             None if self.sink.is_zero(at, layout.len(chunk)) => {}
@@ -421,5 +474,18 @@ impl Load<'_> {
             *failed = (chunk, Some(error));
             self.stop.store(chunk, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_shared_between_threads_and_a_reader_moves_to_one() {
+        fn shared<T: Send + Sync + Clone + 'static>() {}
+        fn moved<T: Send + 'static>() {}
+        shared::<ImageReader>();
+        moved::<ChunkReader>();
     }
 }

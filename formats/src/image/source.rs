@@ -50,7 +50,7 @@ impl Source for FileSource {
 pub struct ImageSource<'a> {
     image: &'a ImageReader,
     /// Readers that no thread is using.
-    idle: Mutex<Vec<ChunkReader<'a>>>,
+    idle: Mutex<Vec<ChunkReader>>,
 }
 
 impl<'a> ImageSource<'a> {

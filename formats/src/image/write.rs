@@ -1,23 +1,29 @@
 //! Raw bytes into an image, on all cores.
 //!
 //! Workers take batches of consecutive chunks, read, hash and compress them; the calling thread takes the
-//! results in order and writes. What is written depends on the raw bytes only, never on which worker was
+//! results in order and writes them. What is written depends on the raw bytes only, never on which worker was
 //! faster: a chunk's frame is the one of its first occurrence, and a worker leaves out the compression
 //! only of a chunk that a lower-numbered equal one has already been claimed for.
 
-use std::{
-    collections::HashMap,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, io, ops::Range, sync::Mutex};
 
 use zstd::bulk::Compressor;
 
 use super::{
     CHUNK_SIZE, ChunkReader, Content, Control, ImageReader, LEVEL, Layout, MAX_CHUNK_SIZE,
-    MIN_CHUNK_SIZE, PAGE_SIZE, Record, Source, bitmap_len, digest::ImageHasher, digest::read_chunk,
-    is_chunk_size, is_zero, zero_digest,
+    MIN_CHUNK_SIZE, PAGE_SIZE, Record, Source, bitmap_len,
+    digest::ImageHasher,
+    digest::read_chunk,
+    is_chunk_size, is_zero,
+    pipeline::{lock, run_in_order},
+    zero_digest,
 };
-use crate::{digest::Digest, error::FormatError, manifest::ImageRecord, publish::Staging};
+use crate::{
+    digest::Digest,
+    error::FormatError,
+    manifest::ImageRecord,
+    publish::{StagedFile, Staging},
+};
 
 /// How an image is stored. The raw bytes that are read back do not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +78,9 @@ pub struct WrittenImage {
     pub stored: u64,
 }
 
-/// Writes all of `source` as the image `name` into `staging`.
+/// Writes all of `source` as the image `name` into `staging`. What is in memory at a time is bounded, however
+/// slow the disk: for each thread, raw bytes and frames of two batches of 1 MiB, or of two chunks if those are
+/// larger; and 100 bytes for each chunk of the image that is stored.
 pub fn write_image(
     staging: &mut Staging,
     name: &str,
@@ -123,56 +131,59 @@ fn write(
     let mut written: HashMap<Digest, Record> = HashMap::new();
     let (mut zeros, mut duplicate, mut parent, mut patched) = (0, 0, 0, 0);
     let claims = Mutex::new(HashMap::new());
+    // Batches that have been written, whose buffers are used again.
+    let spare: Mutex<Vec<Batch>> = Mutex::default();
     let new_worker = || Worker::new(name, base, options, zero);
-    let work = |worker: &mut Worker<'_>, chunk| worker.chunk(name, source, layout, chunk, &claims);
-    run_in_order(layout, control, new_worker, work, |chunk, done: Chunk| {
-        let raw = layout.len(chunk) as u64;
-        let record = match done {
-            Chunk::Zero => {
-                zeros += raw;
-                hasher.chunk(zero);
-                Record::Zero
-            }
-            Chunk::Parent { digest } => {
-                hasher.chunk(digest);
-                parent += raw;
-                Record::Parent { digest }
-            }
-            Chunk::Patch { digest, patch } => {
-                hasher.chunk(digest);
-                match written.get(&digest) {
-                    Some(first) => {
-                        duplicate += raw;
-                        *first
-                    }
-                    None => {
-                        patched += raw;
-                        let (offset, length) = (data.length(), patch.len() as u32);
-                        data.write(&patch)?;
-                        Record::Patch { offset, length, digest }
-                    }
+    let work = |worker: &mut Worker<'_>, chunks: Range<u64>| {
+        let mut batch = lock(&spare).pop().unwrap_or_default();
+        batch.chunks.clear();
+        batch.used = 0;
+        for chunk in chunks {
+            let done = worker.chunk(source, layout, chunk, &claims, &mut batch)?;
+            batch.chunks.push(done);
+        }
+        Ok(batch)
+    };
+    run_in_order(layout, control, new_worker, work, |chunks, batch: Batch| {
+        let mut run = Run { frames: &batch.frames, range: 0..0 };
+        for (chunk, done) in chunks.zip(&batch.chunks) {
+            let raw = layout.len(chunk) as u64;
+            let first = done.stored().and_then(|digest| written.get(&digest));
+            let record = match (done, first) {
+                (Chunk::Zero, _) => {
+                    zeros += raw;
+                    Record::Zero
                 }
-            }
-            Chunk::Data { digest, frame } => {
-                hasher.chunk(digest);
-                match (written.get(&digest), frame) {
-                    (Some(first), _) => {
-                        duplicate += raw;
-                        *first
-                    }
-                    (None, Some(frame)) => {
-                        let (offset, length) = (data.length(), frame.len() as u32);
-                        data.write(&frame)?;
-                        let record = Record::Data { offset, length, digest };
-                        written.insert(digest, record);
-                        record
-                    }
-                    // The claim of a lower-numbered equal chunk is what leaves out the frame.
-                    (None, None) => unreachable!("the first of equal chunks has a frame"),
+                (Chunk::Parent { digest }, _) => {
+                    parent += raw;
+                    Record::Parent { digest: *digest }
                 }
-            }
-        };
-        index.write(&record.encode(zero))?;
+                (_, Some(first)) => {
+                    duplicate += raw;
+                    *first
+                }
+                (Chunk::Patch { digest, patch }, None) => {
+                    patched += raw;
+                    let (offset, length) = run.append(&mut data, patch)?;
+                    Record::Patch { offset, length, digest: *digest }
+                }
+                (Chunk::Data { digest, frame: Some(frame) }, None) => {
+                    let (offset, length) = run.append(&mut data, frame)?;
+                    let record = Record::Data { offset, length, digest: *digest };
+                    written.insert(*digest, record);
+                    record
+                }
+                // The claim of a lower-numbered equal chunk is what leaves out the frame.
+                (Chunk::Data { frame: None, .. }, None) => {
+                    unreachable!("the first of equal chunks has a frame")
+                }
+            };
+            let bytes = record.encode(zero);
+            hasher.record(&bytes);
+            index.write(&bytes)?;
+        }
+        run.write(&mut data)?;
+        lock(&spare).push(batch);
         Ok(data.length())
     })?;
     record.digest = hasher.finish(layout);
@@ -182,35 +193,87 @@ fn write(
     Ok(WrittenImage { record, zero: zeros, duplicate, parent, patched, stored })
 }
 
-/// A chunk on its way from a worker to the writer.
+/// The chunks of a batch on their way from a worker to the writer. Its buffers go round, so that nothing
+/// is allocated for a chunk.
+#[derive(Default)]
+struct Batch {
+    chunks: Vec<Chunk>,
+    /// Frames and patches one behind the other in the first `used` bytes; what is behind is left over.
+    frames: Vec<u8>,
+    used: usize,
+}
+
+/// What a worker has found of a chunk; ranges are places in [`Batch::frames`].
 enum Chunk {
     Zero,
     /// `None` where an equal chunk of a lower number has the frame.
     Data {
         digest: Digest,
-        frame: Option<Vec<u8>>,
+        frame: Option<Range<usize>>,
     },
     Patch {
         digest: Digest,
-        patch: Vec<u8>,
+        patch: Range<usize>,
     },
     Parent {
         digest: Digest,
     },
 }
 
+impl Chunk {
+    /// The digest of a chunk that needs bytes in the data file.
+    fn stored(&self) -> Option<Digest> {
+        match self {
+            Self::Data { digest, .. } | Self::Patch { digest, .. } => Some(*digest),
+            Self::Zero | Self::Parent { .. } => None,
+        }
+    }
+}
+
+/// Frames of a batch on their way into the data file: those that lie one behind the other go in one write.
+struct Run<'a> {
+    frames: &'a [u8],
+    range: Range<usize>,
+}
+
+impl Run<'_> {
+    /// Appends the bytes at `place`. Answers their offset and length in the data file.
+    fn append(
+        &mut self,
+        data: &mut StagedFile,
+        place: &Range<usize>,
+    ) -> Result<(u64, u32), FormatError> {
+        if self.range.end != place.start {
+            self.write(data)?;
+            self.range = place.start..place.start;
+        }
+        let offset = data.length() + self.range.len() as u64;
+        self.range.end = place.end;
+        Ok((offset, place.len() as u32))
+    }
+
+    fn write(&mut self, data: &mut StagedFile) -> Result<(), FormatError> {
+        let range = std::mem::replace(&mut self.range, 0..0);
+        data.write(&self.frames[range])
+    }
+}
+
 struct Worker<'a> {
+    name: &'a str,
     /// The digest of a chunk of zeros.
     zero: Digest,
     raw: Vec<u8>,
     compressor: Compressor<'static>,
     /// The parent's image and a reader of its chunks.
-    base: Option<(&'a ImageReader, ChunkReader<'a>)>,
+    base: Option<(&'a ImageReader, ChunkReader)>,
+    /// Bitmap and bytes of the pages that differ from the parent's.
+    bitmap: Vec<u8>,
+    pages: Vec<u8>,
 }
 
 impl<'a> Worker<'a> {
     fn new(
-        name: &str,
+        name: &'a str,
         base: Option<&'a ImageReader>,
         options: ImageOptions,
         zero: Digest,
@@ -221,16 +284,18 @@ impl<'a> Worker<'a> {
             Some(base) => Some((base, base.chunks(0)?)),
             None => None,
         };
-        Ok(Self { zero, raw: vec![0; options.chunk_size as usize], compressor, base })
+        let raw = vec![0; options.chunk_size as usize];
+        let bitmap = vec![0; bitmap_len(options.chunk_size)];
+        Ok(Self { name, zero, raw, compressor, base, bitmap, pages: Vec::new() })
     }
 
     fn chunk(
         &mut self,
-        name: &str,
         source: &dyn Source,
         layout: Layout,
         chunk: u64,
         claims: &Mutex<HashMap<Digest, u64>>,
+        batch: &mut Batch,
     ) -> Result<Chunk, FormatError> {
         if let Some(digest) = layout.known_digest(source, chunk) {
             if digest == self.zero {
@@ -242,26 +307,34 @@ impl<'a> Worker<'a> {
                 return Ok(Chunk::Parent { digest });
             }
         }
-        if read_chunk(name, source, layout, chunk, &mut self.raw)? == Content::Zero {
+        if read_chunk(self.name, source, layout, chunk, &mut self.raw)? == Content::Zero {
             return Ok(Chunk::Zero);
         }
         let digest = Digest::of(&self.raw);
+        let (compressor, raw) = (&mut self.compressor, &self.raw);
+        let mut frame = |batch: &mut Batch, bytes: &[u8]| {
+            let done = batch.compress(compressor, bytes);
+            done.map_err(|error| FormatError::io(self.name, "compress", error))
+        };
         if let Some((base, reader)) = &mut self.base {
             if base.index().digest(chunk) == digest {
                 return Ok(Chunk::Parent { digest });
             }
             // A page on top of zeros is hardly smaller than the chunk, and would need the parent.
             if let Some(before) = reader.read(chunk)? {
-                let pages = changed_pages(before, &self.raw);
-                let frame = compress(&mut self.compressor, name, &self.raw)?;
-                if let Some((mut patch, pages)) = pages {
-                    patch.extend(compress(&mut self.compressor, name, &pages)?);
-                    if patch.len() < frame.len() {
-                        return Ok(Chunk::Patch { digest, patch });
+                let whole = frame(batch, raw)?;
+                if changed_pages(before, raw, &mut self.bitmap, &mut self.pages) {
+                    let start = batch.push(&self.bitmap);
+                    let patch = start..frame(batch, &self.pages)?.end;
+                    if patch.len() < whole.len() {
+                        batch.frames.copy_within(patch.clone(), whole.start);
+                        batch.used = whole.start + patch.len();
+                        return Ok(Chunk::Patch { digest, patch: whole.start..batch.used });
                     }
+                    batch.used = whole.end;
                 }
                 // No claim: a chunk without a frame relies on one that has claimed and is sure to have one.
-                return Ok(Chunk::Data { digest, frame: Some(frame) });
+                return Ok(Chunk::Data { digest, frame: Some(whole) });
             }
         }
         let first = {
@@ -271,26 +344,51 @@ impl<'a> Worker<'a> {
             *first
         };
         let frame = match first == chunk {
-            true => Some(compress(&mut self.compressor, name, &self.raw)?),
+            true => Some(frame(batch, raw)?),
             false => None,
         };
         Ok(Chunk::Data { digest, frame })
     }
 }
 
-fn compress(
-    compressor: &mut Compressor<'_>,
-    name: &str,
-    bytes: &[u8],
-) -> Result<Vec<u8>, FormatError> {
-    compressor.compress(bytes).map_err(|error| FormatError::io(name, "compress", error))
+impl Batch {
+    /// Appends the frame of `bytes`. Answers where it is.
+    fn compress(
+        &mut self,
+        compressor: &mut Compressor<'_>,
+        bytes: &[u8],
+    ) -> io::Result<Range<usize>> {
+        let start = self.used;
+        let place = self.room(zstd::zstd_safe::compress_bound(bytes.len()));
+        let len = compressor.compress_to_buffer(bytes, place)?;
+        self.used = start + len;
+        Ok(start..self.used)
+    }
+
+    /// Appends `bytes` as they are. Answers where they begin.
+    fn push(&mut self, bytes: &[u8]) -> usize {
+        let start = self.used;
+        self.room(bytes.len()).copy_from_slice(bytes);
+        self.used += bytes.len();
+        start
+    }
+
+    /// The `len` bytes behind those in use.
+    fn room(&mut self, len: usize) -> &mut [u8] {
+        let end = self.used + len;
+        if self.frames.len() < end {
+            self.frames.resize(end, 0);
+        }
+        &mut self.frames[self.used..end]
+    }
 }
 
-/// The bitmap and the bytes of the pages in which `now`, a whole chunk, differs from `before`, which may end
-/// earlier and is continued with zeros; `None` if that is all of them.
-fn changed_pages(before: &[u8], now: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
-    let mut bitmap = vec![0; bitmap_len(now.len() as u32)];
-    let mut changed = Vec::new();
+/// Finds the pages in which `now`, a whole chunk, differs from `before`, which may end earlier and is
+/// continued with zeros. `false` if that is all of them; else `bitmap` and `changed` say which they are and
+/// what is in them.
+fn changed_pages(before: &[u8], now: &[u8], bitmap: &mut [u8], changed: &mut Vec<u8>) -> bool {
+    bitmap.fill(0);
+    changed.clear();
     for (page, bytes) in now.chunks_exact(PAGE_SIZE).enumerate() {
         let end = before.len();
         let old = &before[(page * PAGE_SIZE).min(end)..((page + 1) * PAGE_SIZE).min(end)];
@@ -300,141 +398,7 @@ fn changed_pages(before: &[u8], now: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
             changed.extend_from_slice(bytes);
         }
     }
-    (changed.len() < now.len()).then_some((bitmap, changed))
-}
-
-/// Runs `work` for every chunk on worker threads, each with its own value of `new_worker`, and hands the
-/// results to `take` on the calling thread in the order of the chunks. `take` answers how many bytes are
-/// stored so far. Workers run at most a few batches ahead, so memory stays bounded.
-///
-/// The error is the one of the lowest-numbered chunk that failed, whatever the timing.
-pub(super) fn run_in_order<W, T: Send>(
-    layout: Layout,
-    control: Control<'_>,
-    new_worker: impl Fn() -> Result<W, FormatError> + Sync,
-    work: impl Fn(&mut W, u64) -> Result<T, FormatError> + Sync,
-    mut take: impl FnMut(u64, T) -> Result<u64, FormatError>,
-) -> Result<(), FormatError> {
-    let line = Line::new(layout.batches(), control.threads.get() as u64 * 2);
-    std::thread::scope(|scope| {
-        for _ in 0..line.batches.min(control.threads.get() as u64) {
-            scope.spawn(|| {
-                // A panic in `work` must not leave the calling thread waiting for the batch.
-                let _closes = CloseOnPanic(&line);
-                let mut worker = None;
-                while let Some(batch) = line.next() {
-                    let results = layout.batch(batch).map(|chunk| {
-                        control.check()?;
-                        let worker = match &mut worker {
-                            Some(worker) => worker,
-                            none => none.insert(new_worker()?),
-                        };
-                        work(worker, chunk)
-                    });
-                    line.put(batch, results.collect());
-                }
-            });
-        }
-        let mut run = || {
-            for batch in 0..line.batches {
-                let Some(results) = line.get(batch) else {
-                    break;
-                };
-                let mut stored = 0;
-                for (chunk, result) in layout.batch(batch).zip(results?) {
-                    stored = take(chunk, result)?;
-                }
-                control.check()?;
-                let done =
-                    ((batch + 1) * super::BATCH * u64::from(layout.chunk_size)).min(layout.size);
-                control.progress.advanced(done, layout.size, stored);
-            }
-            Ok(())
-        };
-        let result = run();
-        line.close();
-        result
-    })
-}
-
-/// The order of batches between workers and the calling thread.
-struct Line<T> {
-    batches: u64,
-    ahead: u64,
-    inner: Mutex<LineInner<T>>,
-    changed: Condvar,
-}
-
-struct LineInner<T> {
-    next: u64,
-    taken: u64,
-    done: HashMap<u64, Result<Vec<T>, FormatError>>,
-    closed: bool,
-}
-
-impl<T> Line<T> {
-    fn new(batches: u64, ahead: u64) -> Self {
-        let inner = LineInner { next: 0, taken: 0, done: HashMap::new(), closed: false };
-        Self { batches, ahead, inner: Mutex::new(inner), changed: Condvar::new() }
-    }
-
-    /// The next batch to work on; `None` if there is none left.
-    fn next(&self) -> Option<u64> {
-        let mut inner = lock(&self.inner);
-        while !inner.closed && inner.next < self.batches && inner.next - inner.taken >= self.ahead {
-            inner = self.wait(inner);
-        }
-        if inner.closed || inner.next >= self.batches {
-            return None;
-        }
-        inner.next += 1;
-        Some(inner.next - 1)
-    }
-
-    fn put(&self, batch: u64, results: Result<Vec<T>, FormatError>) {
-        lock(&self.inner).done.insert(batch, results);
-        self.changed.notify_all();
-    }
-
-    /// Waits for the results of `batch`; `None` if a worker panicked.
-    fn get(&self, batch: u64) -> Option<Result<Vec<T>, FormatError>> {
-        let mut inner = lock(&self.inner);
-        loop {
-            if let Some(results) = inner.done.remove(&batch) {
-                inner.taken = batch + 1;
-                self.changed.notify_all();
-                return Some(results);
-            }
-            if inner.closed {
-                return None;
-            }
-            inner = self.wait(inner);
-        }
-    }
-
-    fn close(&self) {
-        lock(&self.inner).closed = true;
-        self.changed.notify_all();
-    }
-
-    fn wait<'a>(&self, inner: MutexGuard<'a, LineInner<T>>) -> MutexGuard<'a, LineInner<T>> {
-        self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-struct CloseOnPanic<'a, T>(&'a Line<T>);
-
-impl<T> Drop for CloseOnPanic<'_, T> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.close();
-        }
-    }
-}
-
-/// Locks; nothing under these locks can be left half done by a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    changed.len() < now.len()
 }
 
 #[cfg(test)]

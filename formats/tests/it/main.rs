@@ -3,6 +3,9 @@
 mod common;
 mod damage;
 mod diffs;
+mod faults;
 mod golden;
 mod publishing;
+mod reordering;
 mod round_trip;
+mod working_set;

@@ -18,7 +18,7 @@ use squib_devices::virtio::block::{BlockError, FileDisk};
 use squib_formats::digest::Digest;
 
 pub(crate) use capture::{Disk, FrozenDisk};
-pub(crate) use restore::{CheckError, Disks};
+pub(crate) use restore::{CheckError, Disks, check};
 pub use restore::{DiskLoad, FinishError, finish_disks};
 
 /// What a restore does with a disk that lies outside the snapshot and has changed since.

@@ -16,7 +16,7 @@ use squib_formats::{
     image::{Control, ImageReader, Sink},
     manifest::DiskRecord,
 };
-use squib_vmm::machine::{Machine, MachineError};
+use squib_vmm::machine::Machine;
 
 use super::{ChangedDisks, DiskError, create, digest, open, remove};
 use crate::memory::{ImageBaseline, ImageOrigin, Loader};
@@ -56,8 +56,9 @@ pub fn finish_disks(machine: &Machine, control: Control<'_>) -> Result<(), Finis
     for disk in disks {
         for granule in 0..disk.count() {
             control.check().map_err(|_| FinishError::Cancelled)?;
-            disk.prefetch(granule)?;
-            done += disk.granule_size().min(disk.size() - granule * disk.granule_size());
+            let offset = granule * disk.granule_size();
+            disk.allow(offset, 1, false)?;
+            done += disk.granule_size().min(disk.size() - offset);
             if granule % 64 == 63 || granule + 1 == disk.count() {
                 control.progress.advanced(done, total, 0);
             }
@@ -77,12 +78,53 @@ pub(crate) enum CheckError {
     Format(#[from] FormatError),
 }
 
+/// Checks that the disk at `path` is still what `record` says, and in nobody's hands who may write to it.
+pub(crate) fn check(
+    record: &DiskRecord,
+    path: &Path,
+    changed: ChangedDisks,
+    control: Control<'_>,
+) -> Result<(), CheckError> {
+    unchanged(record, path, true, changed, control).map(|_| ())
+}
+
+/// The disk at `path`, open and locked, which is still what `record` says.
+fn unchanged(
+    record: &DiskRecord,
+    path: &Path,
+    read_only: bool,
+    changed: ChangedDisks,
+    control: Control<'_>,
+) -> Result<Arc<DiskGranules>, CheckError> {
+    let DiskRecord { id, size, digest: expected, .. } = record;
+    let file = open(id, path, read_only, Some(*size)).map_err(|error| match error {
+        DiskError::Block(error) => CheckError::Block(error),
+        error => CheckError::Disk(error),
+    })?;
+    let granules = Arc::new(TrackedDisk::granules_of(id, file, read_only));
+    // Nobody else has it yet, so it can be frozen, and nothing is ever put aside.
+    let frozen = granules.freeze(0).ok_or_else(|| DiskError::Frozen { id: id.clone() })?;
+    let (found, digests) = digest::digest(&path.display().to_string(), &frozen, control)?;
+    if let Some(digests) = digests {
+        frozen.keep(digests);
+    }
+    if found != *expected {
+        let (id, path, expected) = (id.clone(), path.to_owned(), *expected);
+        let error = DiskError::Changed { id, path, expected, found };
+        match changed {
+            ChangedDisks::Refuse => return Err(error.into()),
+            ChangedDisks::Accept => tracing::warn!("{error}; going on, as asked for"),
+        }
+    }
+    Ok(granules)
+}
+
 /// Disks for a machine. Files that were made for it are removed again unless they are kept.
 #[derive(Default)]
 pub(crate) struct Disks {
     granules: BTreeMap<String, Arc<DiskGranules>>,
     /// Those that a thread is to bring.
-    wanted: Vec<Arc<DiskGranules>>,
+    wanted: Vec<(Arc<DiskGranules>, Arc<ImageReader>)>,
     made: Vec<PathBuf>,
 }
 
@@ -109,7 +151,7 @@ impl Disks {
             DiskLoad::Lazy | DiskLoad::Demand => {
                 granules.set_origin(Arc::new(ImageOrigin::new(Arc::clone(image))));
                 if load == DiskLoad::Lazy {
-                    self.wanted.push(Arc::clone(&granules));
+                    self.wanted.push((Arc::clone(&granules), Arc::clone(image)));
                 }
             }
         }
@@ -125,29 +167,8 @@ impl Disks {
         changed: ChangedDisks,
         control: Control<'_>,
     ) -> Result<(), CheckError> {
-        let DiskRecord { id, size, read_only, digest: expected, .. } = record;
-        let file = open(id, path, *read_only, Some(*size)).map_err(|error| match error {
-            DiskError::Block(error) => CheckError::Block(error),
-            error => CheckError::Disk(error),
-        })?;
-        let granules = Arc::new(TrackedDisk::granules_of(id, file, *read_only));
-        // Nobody else has it yet, so it can be frozen, and nothing is ever put aside.
-        let Some(frozen) = granules.freeze(0) else {
-            return Err(DiskError::Frozen { id: id.clone() }.into());
-        };
-        let (found, digests) = digest::digest(&path.display().to_string(), &frozen, control)?;
-        if let Some(digests) = digests {
-            frozen.keep(digests);
-        }
-        if found != *expected {
-            let (id, path, expected) = (id.clone(), path.to_owned(), *expected);
-            let error = DiskError::Changed { id, path, expected, found };
-            match changed {
-                ChangedDisks::Refuse => return Err(error.into()),
-                ChangedDisks::Accept => tracing::warn!("{error}; going on, as asked for"),
-            }
-        }
-        self.granules.insert(id.clone(), granules);
+        let granules = unchanged(record, path, record.read_only, changed, control)?;
+        self.granules.insert(record.id.clone(), granules);
         Ok(())
     }
 
@@ -157,11 +178,9 @@ impl Disks {
     }
 
     /// Leaves the files where they are. What is not there yet is brought for as long as `machine` lives.
-    pub(crate) fn keep(mut self, machine: &Machine) -> Result<(), MachineError> {
-        for disk in &self.wanted {
-            let loader = Loader::start(disk, Vec::new());
-            let failed = |source| MachineError::Thread { name: "loader".into(), source };
-            machine.attach(Box::new(loader.map_err(failed)?));
+    pub(crate) fn keep(mut self, machine: &Machine) -> Result<(), FormatError> {
+        for (disk, image) in &self.wanted {
+            machine.attach(Box::new(Loader::start(disk, image, &[])?));
         }
         self.made.clear();
         Ok(())

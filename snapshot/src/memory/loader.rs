@@ -1,7 +1,6 @@
 //! The thread that brings what nobody has asked for yet.
 
 use std::{
-    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,6 +9,15 @@ use std::{
 };
 
 use squib_devices::granules::{Granules, Store};
+use squib_formats::{
+    error::FormatError,
+    image::{ImageReader, Record},
+};
+
+use super::origin::Sweep;
+
+/// Chunks that are looked at for one read ahead.
+const AHEAD: usize = 64;
 
 /// Brings absent granules one after the other while it lives.
 pub(crate) struct Loader {
@@ -18,22 +26,41 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    /// Brings the granules of `first` in that order, and then all others. If one cannot be had, the granules
-    /// tell whoever runs the guest, and it ends.
+    /// Brings the granules of `granules` from `image`: those of `first` in that order, and then all others. If
+    /// one cannot be had, the granules tell whoever runs the guest, and it ends.
     pub(crate) fn start<S: Store>(
         granules: &Arc<Granules<S>>,
-        first: Vec<u64>,
-    ) -> io::Result<Self> {
+        image: &ImageReader,
+        first: &[u32],
+    ) -> Result<Self, FormatError> {
+        let sweep = Sweep::new(image)?;
+        let has_bytes = |chunk: &u64| image.index().records()[*chunk as usize] != Record::Zero;
+        let count = image.index().records().len() as u64;
+        let first = first.iter().map(|chunk| u64::from(*chunk)).filter(|chunk| *chunk < count);
+        let order: Vec<u64> = first.chain((0..count).filter(has_bytes)).collect();
         let stop = Arc::new(AtomicBool::new(false));
         let (granules, stopped) = (Arc::clone(granules), Arc::clone(&stop));
-        let thread = thread::Builder::new().name("loader".into()).spawn(move || {
-            let count = granules.count();
-            for granule in first.into_iter().filter(|granule| *granule < count).chain(0..count) {
-                if stopped.load(Ordering::Relaxed) || granules.prefetch(granule).is_err() {
+        let load = move || {
+            for (at, chunk) in order.iter().enumerate() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                if granules.is_absent(*chunk) {
+                    sweep.read_ahead(&order[at..(at + AHEAD).min(order.len())]);
+                    if granules.prefetch(*chunk, &sweep).is_err() {
+                        return;
+                    }
+                }
+            }
+            // What is all zeros costs nothing; then nothing depends on the snapshot any more.
+            for chunk in 0..granules.count() {
+                if stopped.load(Ordering::Relaxed) || granules.prefetch(chunk, &sweep).is_err() {
                     return;
                 }
             }
-        })?;
+        };
+        let thread = thread::Builder::new().name("loader".into()).spawn(load);
+        let thread = thread.map_err(|e| FormatError::io(&image.record().name, "load", e))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

@@ -65,7 +65,7 @@ fn a_difference_and_a_full_snapshot_of_one_state_have_equal_digests() {
     let flat = Snapshot::open(&at("flat")).unwrap();
     assert_eq!((flat.manifest().parent, flat.header().minor), (None, 0));
     assert_eq!(digests(&at("flat")), digests(&at("full")));
-    assert!(diff(&at("flat"), &at("full")).unwrap().equal);
+    assert!(diff(&at("flat"), &at("full"), &[], Control::default()).unwrap().equal);
     // The flat one stands alone.
     for round in 0..5 {
         fs::remove_dir_all(at(&format!("{round}"))).unwrap();
@@ -89,11 +89,18 @@ fn what_changed_is_listed_by_region() {
     [(49 << 20) - 8, 49 << 20, 60 << 20].into_iter().for_each(write);
     capture(&guest, &b, &options(Some(a.clone()))).unwrap();
     fs::rename(&a, dir.path().join("elsewhere")).unwrap();
-    let found = diff(&dir.path().join("elsewhere"), &b).unwrap();
+    let found = diff(&dir.path().join("elsewhere"), &b, &[], Control::default()).unwrap();
     assert!(!found.equal);
-    assert_eq!(found.sections, [""; 0]);
+    assert!(found.sections.is_empty() && found.machine.is_empty());
     let [memory, root] = &found.images[..] else { panic!() };
-    assert_eq!((memory.changed_chunks, memory.changed_bytes), (3, 3 << 16));
+    assert_eq!((memory.changed_chunks, memory.changed_pages), (3, Some(3)));
+    assert_eq!(memory.changed_bytes, 3 * 4096);
+    let areas: Vec<_> = memory
+        .areas
+        .iter()
+        .map(|a| (a.name, a.offset, a.changed_chunks, a.changed_pages))
+        .collect();
+    assert_eq!(areas, [("RAM", 48 << 20, 3, Some(3))]);
     let region = |offset, length| Region { offset, length };
     assert_eq!(
         memory.regions,

@@ -1,8 +1,10 @@
 //! Captures and restores: with a machine that exists only in the test, and with real ones.
 
 mod captures;
+mod checks;
 mod diffs;
 mod disks;
 mod guest;
+mod manage;
 mod memory;
 mod restores;

@@ -49,7 +49,7 @@ fn kernel() -> Vec<u8> {
 }
 
 /// A deterministic machine with a writable and a read-only disk in `dir`.
-fn machine(dir: &Path) -> Machine {
+pub(crate) fn machine(dir: &Path) -> Machine {
     fs::write(dir.join("Image"), kernel()).unwrap();
     let disk = |id: &str, read_only: bool, size: u64| {
         let path = dir.join(id);
@@ -78,7 +78,7 @@ fn memory(machine: &Machine) -> Vec<u8> {
 }
 
 /// A snapshot of a machine that has retired 10000 instructions, the machine itself gone.
-fn snapshot(dir: &Path) -> (PathBuf, Vec<u8>) {
+pub(crate) fn snapshot(dir: &Path) -> (PathBuf, Vec<u8>) {
     let machine = machine(dir);
     assert_eq!(machine.run_until(10_000).unwrap(), RunUntil::Reached);
     let path = dir.join("snap");
@@ -87,13 +87,13 @@ fn snapshot(dir: &Path) -> (PathBuf, Vec<u8>) {
     (path, memory(&machine))
 }
 
-fn options(dir: &Path) -> RestoreOptions<'static> {
+pub(crate) fn options(dir: &Path) -> RestoreOptions<'static> {
     let disk_dir = dir.join("disks");
     fs::create_dir(&disk_dir).unwrap();
     RestoreOptions { disk_dir: Some(disk_dir), ..RestoreOptions::default() }
 }
 
-fn back(path: &Path, options: &RestoreOptions<'_>) -> Result<Restored, RestoreError> {
+pub(crate) fn back(path: &Path, options: &RestoreOptions<'_>) -> Result<Restored, RestoreError> {
     restore(path, options, Box::new(std::io::sink()))
 }
 
@@ -104,7 +104,7 @@ fn error(path: &Path, options: &RestoreOptions<'_>) -> RestoreError {
     }
 }
 
-fn is_empty(dir: &Path) -> bool {
+pub(crate) fn is_empty(dir: &Path) -> bool {
     fs::read_dir(dir).unwrap().next().is_none()
 }
 
@@ -322,7 +322,7 @@ fn options_that_do_not_fit_the_snapshot_are_refused() {
 }
 
 /// Publishes a copy of the snapshot with another manifest.
-fn changed_copy(dir: &Path, change: impl Fn(&mut Manifest)) -> PathBuf {
+pub(crate) fn changed_copy(dir: &Path, change: impl Fn(&mut Manifest)) -> PathBuf {
     let path = dir.join("changed");
     let _ = fs::remove_dir_all(&path);
     fs::create_dir(&path).unwrap();

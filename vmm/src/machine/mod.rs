@@ -24,6 +24,7 @@ mod build;
 mod console;
 mod devices;
 mod gate;
+mod places;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -49,6 +50,7 @@ use squib_devices::{
 use squib_formats::persist::{self, PersistError, Section};
 
 pub use console::ConsoleInput;
+pub use places::{Place, places};
 pub use types::{
     ClockPolicy, Contents, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState,
     RunUntil, TimeState, Timings,

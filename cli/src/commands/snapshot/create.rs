@@ -13,8 +13,9 @@ use crate::{
         client::{Client, ClientError},
         types::{SnapshotCreateParams, SnapshotReport, SnapshotType},
     },
-    args::{CreateArgs, Size},
+    args::{CreateArgs, DiskModeArg, Size},
     commands::run::absolute,
+    events,
     exit::{Code, Failure, Result, WithCode},
     home::Home,
     output::{ByteBar, bytes, print_json},
@@ -27,6 +28,8 @@ const ASK: Duration = Duration::from_millis(100);
 pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
     let socket = Home::open().and_then(|home| home.socket(&args.vm)).code(Code::Control)?;
     let client = Client::new(&socket);
+    // The VM gives the snapshot up when nobody waits for it any more.
+    events::end_on_signal(|| ())?;
     let params = SnapshotCreateParams {
         // The VM's working directory is not ours.
         snapshot_path: absolute(&args.output)?,
@@ -36,6 +39,7 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         force: args.force,
         stop: args.stop,
         live: args.live,
+        disk_mode: args.disk_modes.iter().flat_map(DiskModeArg::params).collect(),
         level: args.level,
         chunk_size: args.chunk_size.map(chunk_size).transpose()?,
         threads: args.threads,

@@ -1,18 +1,27 @@
 //! `squib snapshot diff`.
 
-use squib_snapshot::diff::{Difference, ImageDifference, Region, diff as compare};
+use squib_formats::image::Control;
+use squib_snapshot::diff::{
+    Area, Change, Difference, ImageDifference, Payload, SectionDifference, diff as compare,
+};
 
 use crate::{
     args::DiffArgs,
-    exit::{Code, Result, WithCode},
-    output::{bytes, print_json},
+    events,
+    exit::{Code, Result},
+    output::{ByteBar, bytes, print_json},
 };
 
-/// Most regions of an image that people are shown; `--json` has all.
-const REGIONS: usize = 16;
+/// Most areas of an image that people are shown; `--json` has all.
+const AREAS: usize = 12;
 
 pub(crate) fn diff(args: &DiffArgs) -> Result<Code> {
-    let found = compare(&args.a, &args.b).code(Code::Snapshot)?;
+    let cancel = events::give_up_on_signals()?;
+    let bar = ByteBar::new("diff");
+    let control = Control { progress: &bar, cancel, ..Control::default() };
+    let found = compare(&args.a, &args.b, &args.parents, control);
+    drop(bar);
+    let found = found.map_err(events::failure)?;
     if args.json {
         print_json(&found)?;
     } else {
@@ -22,43 +31,102 @@ pub(crate) fn diff(args: &DiffArgs) -> Result<Code> {
 }
 
 fn show(found: &Difference) {
-    let Difference { a, b, equal, images, sections } = found;
+    let Difference { a, b, apart_ns, equal, machine, images, sections } = found;
     println!("a         {a}");
     println!("b         {b}");
-    for image in images {
-        let ImageDifference {
-            name,
-            a_size,
-            b_size,
-            chunk_size,
-            chunks,
-            changed_chunks,
-            zeroed_chunks,
-            changed_bytes,
-            regions,
-        } = image;
-        let unit = chunk_size.map_or("different sizes".to_owned(), |size| bytes(size.into()));
-        println!(
-            "{name:<9} {changed_chunks} of {chunks} chunks of {unit} differ ({}), {zeroed_chunks} of \
-             them now zero, in {} regions",
-            bytes(*changed_bytes),
-            regions.len()
-        );
-        if a_size != b_size {
-            let size = |size: &Option<u64>| size.map_or("not there".to_owned(), bytes);
-            println!("          size: {}, then {}", size(a_size), size(b_size));
-        }
-        for Region { offset, length } in regions.iter().take(REGIONS) {
-            println!("          {offset:#012x} {}", bytes(*length));
-        }
-        if regions.len() > REGIONS {
-            println!("          and {} more: --json lists all", regions.len() - REGIONS);
-        }
+    let seconds = apart_ns.unsigned_abs() as f64 / 1e9;
+    println!("captured  {seconds:.3} s {}", if *apart_ns < 0 { "earlier" } else { "later" });
+    for Change { what, a, b } in machine {
+        println!("machine   {what}: {a}, then {b}");
     }
+    images.iter().for_each(show_image);
     for section in sections {
-        println!("section   {section} differs");
+        println!("section   {}", about(section));
     }
-    if *equal {
-        println!("the guest's state is the same in both");
+    let images = images.iter().map(|image| image.changed_bytes);
+    let images = images.fold(0, u64::saturating_add);
+    let state: u64 = sections.iter().map(|section| section.changed_bytes).sum();
+    match equal {
+        true => println!("the guest's state is the same in both"),
+        false => println!(
+            "total     {} of memory and disks, {} of state in {} sections",
+            bytes(images),
+            bytes(state),
+            sections.len()
+        ),
+    }
+}
+
+fn show_image(image: &ImageDifference) {
+    let ImageDifference {
+        name,
+        a_size,
+        b_size,
+        chunk_size,
+        chunks,
+        changed_chunks,
+        zeroed_chunks,
+        changed_pages,
+        changed_bytes,
+        areas,
+        regions: _,
+    } = image;
+    if a_size != b_size {
+        let size = |size: &Option<u64>| size.map_or("not there".to_owned(), bytes);
+        println!("{name:<9} {}, then {}", size(a_size), size(b_size));
+    }
+    if *changed_chunks == 0 {
+        println!("{name:<9} the same");
+        return;
+    }
+    let Some(chunk_size) = chunk_size else {
+        println!("{name:<9} cut into chunks of different sizes, not compared");
+        return;
+    };
+    let pages = changed_pages.map_or(String::new(), |pages| format!("{pages} pages in "));
+    println!(
+        "{name:<9} {} in {pages}{changed_chunks} of {chunks} chunks of {}, {zeroed_chunks} of them now \
+         zero",
+        bytes(*changed_bytes),
+        bytes((*chunk_size).into())
+    );
+    for Area { name, offset, length, changed_chunks, changed_pages, changed_bytes } in
+        areas.iter().take(AREAS)
+    {
+        let unit = match changed_pages {
+            Some(pages) => format!("{pages} pages"),
+            None => format!("{changed_chunks} chunks"),
+        };
+        let end = offset + length;
+        println!(
+            "          {offset:#012x} to {end:#012x}  {:>10}  {unit:>12}  {name}",
+            bytes(*changed_bytes)
+        );
+    }
+    if areas.len() > AREAS {
+        let rest = areas[AREAS..].iter().map(|area| area.changed_bytes).sum();
+        let more = areas.len() - AREAS;
+        println!("          and {} in {more} more areas: --json lists all", bytes(rest));
+    }
+}
+
+fn about(section: &SectionDifference) -> String {
+    let SectionDifference { kind, instance, a, b, changed_bytes } = section;
+    let name = format!("{kind} {instance}");
+    match (a, b) {
+        (Some(a), Some(b)) => {
+            let Payload { version, length } = b;
+            let version = match a.version == *version {
+                true => String::new(),
+                false => format!(", version {}, then {version}", a.version),
+            };
+            let length = match a.length == *length {
+                true => format!("{length}"),
+                false => format!("{length} (before: {})", a.length),
+            };
+            format!("{name}: {changed_bytes} of {length} bytes{version}")
+        }
+        (Some(_), None) => format!("{name}: only in a"),
+        (None, _) => format!("{name}: only in b"),
     }
 }

@@ -9,20 +9,22 @@ use squib_snapshot::{
 use crate::{
     api::types,
     args::FlattenArgs,
-    exit::{Code, Result, WithCode},
+    events,
+    exit::{Code, Result},
     output::{ByteBar, bytes},
 };
 
 pub(crate) fn flatten(args: &FlattenArgs) -> Result<Code> {
+    let cancel = events::give_up_on_signals()?;
     let bar = ByteBar::new("flatten");
     let durability = match args.durability {
         types::Durability::Full => Durability::Full,
         types::Durability::None => Durability::None,
     };
-    let run = Run { observer: &bar, ..Run::default() };
+    let run = Run { observer: &bar, cancel, ..Run::default() };
     let made = make_full(&args.dir, &args.parents, &args.output, durability, &run);
     drop(bar);
-    let Flattened { id, links, stored } = made.code(Code::Snapshot)?;
+    let Flattened { id, links, stored } = made.map_err(events::failure)?;
     println!("snapshot  {}", args.output.display());
     println!("id        {id}");
     println!("stored    {}, from a chain of {links}", bytes(stored));

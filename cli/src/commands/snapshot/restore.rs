@@ -2,24 +2,27 @@
 
 use std::time::Instant;
 
+use squib_devices::memory::GuestRam;
 use squib_formats::snapshot_dir::Snapshot;
 use squib_snapshot::{
     ChangedDisks, FormatError, TemplateCache,
     observe::Run,
     restore::{
-        DiskError, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
+        DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
         restore as bring_back,
     },
+    working_set::{Recorded, record},
 };
 use squib_vmm::machine::{self, ClockPolicy, Identity};
 
 use crate::{
     args::{ClockArg, ModeArg, RestoreArgs, Size},
     commands::run,
+    events,
     exit::{Code, Failure, Result, WithCode},
     home::VmDir,
     kit::cache_dir,
-    output::ByteBar,
+    output::{ByteBar, bytes},
     session::Session,
     timings::Phases,
 };
@@ -35,7 +38,8 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
     };
     let session =
         Session { name: &name, args: &args.common, started, restart: false, paused: args.paused };
-    session.run(&mut |console, dir, phases| {
+    let mut memory = None;
+    let code = session.run(&mut |console, dir, phases| {
         let bar = ByteBar::new("restore");
         let options = options(args, &name, dir, &bar)?;
         let restored = bring_back(&args.dir, &options, console).map_err(failure)?;
@@ -50,8 +54,29 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
             }
         }
         note(phases, &restored);
+        memory = Some(restored.machine.ram().clone());
         Ok(restored.machine)
-    })
+    });
+    // However the guest ended, what it needed until then is known.
+    if args.record
+        && let Some(memory) = memory
+    {
+        note_working_set(args, &memory);
+    }
+    code
+}
+
+/// Writes down what the guest has needed. That cannot fail the restore, which is over.
+fn note_working_set(args: &RestoreArgs, memory: &GuestRam) {
+    match record(&args.dir, memory) {
+        Ok(Some(Recorded { touched, common, bytes: size })) => eprintln!(
+            "squib: {}: {touched} chunks of memory were needed; recorded {common} ({}) that every run needs",
+            args.dir.display(),
+            bytes(size)
+        ),
+        Ok(None) => eprintln!("squib: nothing is recorded: the guest has needed no memory"),
+        Err(error) => eprintln!("squib: nothing is recorded: {error}"),
+    }
 }
 
 fn options<'a>(
@@ -80,6 +105,11 @@ fn options<'a>(
             false => ChangedDisks::Refuse,
         },
         parents: args.parents.clone(),
+        // What is to stay is whole before the guest runs, whatever becomes of this process.
+        disks: match (args.mode, &args.disk_dir) {
+            (ModeArg::Eager, _) | (_, Some(_)) => DiskLoad::Eager,
+            (ModeArg::Lazy | ModeArg::Template, None) => DiskLoad::Lazy,
+        },
         memory: match args.mode {
             ModeArg::Lazy if args.record => MemoryLoad::Record,
             ModeArg::Eager | ModeArg::Template if args.record => {
@@ -97,7 +127,7 @@ fn options<'a>(
                 ClockArg::Advance => ClockPolicy::Advance,
             },
         },
-        run: Run { observer: bar, ..Run::default() },
+        run: Run { observer: bar, cancel: events::asked(), ..Run::default() },
     })
 }
 
@@ -126,6 +156,9 @@ fn note(phases: &mut Phases, restored: &Restored) {
 
 fn failure(error: RestoreError) -> Failure {
     let advice = match &error {
+        RestoreError::Format(FormatError::Cancelled) => {
+            return events::failure(FormatError::Cancelled);
+        }
         RestoreError::Machine(error) if run::code(error) != Code::Snapshot => {
             let code = run::code(error);
             return Failure::new(code, anyhow::anyhow!("{error}"));

@@ -235,7 +235,7 @@ proptest! {
                     disk.write_zeroes(at as u64, len as u64, unmap).unwrap();
                     model[at..at + len].fill(0);
                 }
-                Step::Prefetch(granule) => granules.prefetch(granule).unwrap(),
+                Step::Prefetch(granule) => granules.prefetch(granule, &*past).unwrap(),
                 Step::Freeze => {
                     if moment.is_none() {
                         let frozen = granules.freeze(u64::MAX).unwrap();

@@ -1,0 +1,70 @@
+//! `squib snapshot check`.
+
+use squib_snapshot::{
+    ChangedDisks,
+    check::{CheckOptions, Line, Report, Verdict, check as examine},
+    observe::Run,
+};
+
+use crate::{
+    args::CheckArgs,
+    commands::run::absolute,
+    events,
+    exit::{Code, Result, WithCode},
+    home::Home,
+    output::{ByteBar, print_json},
+};
+
+pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
+    let cancel = events::give_up_on_signals()?;
+    let disk_dir = match &args.disk_dir {
+        Some(dir) => absolute(dir)?,
+        // Where a restore puts the disks unless it is told otherwise.
+        None => Home::open().code(Code::Failed)?.disks().to_owned(),
+    };
+    let bar = ByteBar::new("check");
+    let options = CheckOptions {
+        disk_dir: Some(disk_dir),
+        disk_places: args.disks.iter().map(|d| (d.id.clone(), d.path.clone())).collect(),
+        changed_disks: match args.allow_changed_disks {
+            true => ChangedDisks::Accept,
+            false => ChangedDisks::Refuse,
+        },
+        parents: args.parents.clone(),
+        run: Run { observer: &bar, cancel, ..Run::default() },
+    };
+    let report = examine(&args.dir, &options).map_err(events::failure);
+    drop(bar);
+    let report = report?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        show(&report);
+    }
+    Ok(if report.accepted { Code::Done } else { Code::Snapshot })
+}
+
+fn show(report: &Report) {
+    let Report { path, id, accepted, lines } = report;
+    let width = lines.iter().map(|line| line.what.len()).max().unwrap_or(0);
+    println!("snapshot  {}", path.display());
+    if let Some(id) = id {
+        println!("id        {id}");
+    }
+    for Line { what, verdict, found, advice } in lines {
+        let verdict = match verdict {
+            Verdict::Ok => "ok",
+            Verdict::Differs => "differs",
+            Verdict::Missing => "missing",
+        };
+        println!("{verdict:<8}  {what:<width$}  {found}");
+        if let Some(advice) = advice {
+            println!("{:<8}  {:<width$}  -> {advice}", "", "");
+        }
+    }
+    let wrong = lines.iter().filter(|line| line.verdict != Verdict::Ok).count();
+    match accepted {
+        true => println!("a restore would be accepted"),
+        false => println!("a restore would be refused: {wrong} of {} lines", lines.len()),
+    }
+}

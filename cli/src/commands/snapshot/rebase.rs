@@ -1,0 +1,49 @@
+//! `squib snapshot rebase`.
+
+use squib_snapshot::{
+    Durability,
+    observe::Run,
+    rebase::{Rebased, rebase as write_again},
+};
+
+use super::flatten::flatten;
+use crate::{
+    api::types,
+    args::{FlattenArgs, RebaseArgs},
+    events,
+    exit::{Code, Result},
+    home::Home,
+    output::{ByteBar, bytes},
+};
+
+pub(crate) fn rebase(args: &RebaseArgs) -> Result<Code> {
+    let RebaseArgs { dir, onto, output, parents, durability } = args;
+    let Some(onto) = onto else {
+        return flatten(&FlattenArgs {
+            dir: dir.clone(),
+            output: output.clone(),
+            parents: parents.clone(),
+            durability: *durability,
+        });
+    };
+    let cancel = events::give_up_on_signals()?;
+    let bar = ByteBar::new("rebase");
+    let durability = match durability {
+        types::Durability::Full => Durability::Full,
+        types::Durability::None => Durability::None,
+    };
+    let run = Run { observer: &bar, cancel, ..Run::default() };
+    let made = write_again(dir, parents, onto, output, durability, &run);
+    drop(bar);
+    let Rebased { id, parent, links, stored } = made.map_err(events::failure)?;
+    // Without the note a removal of the parent finds the difference only where it looks itself.
+    let noted = Home::open().map(|home| home.children().record(parent, output));
+    if let Ok(Err(error)) = noted {
+        eprintln!("squib: {}: not noted as a child of its parent: {error}", output.display());
+    }
+    println!("snapshot  {}", output.display());
+    println!("id        {id}");
+    println!("parent    {parent} at {}", onto.display());
+    println!("stored    {}, the last of a chain of {links}", bytes(stored));
+    Ok(Code::Done)
+}

@@ -1,0 +1,157 @@
+//! An image written again with its frames in another order.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
+    sync::Mutex,
+};
+
+use super::{
+    ChunkReader, Control, ImageReader, Layout, Record, WrittenImage,
+    digest::ImageHasher,
+    pipeline::{lock, run_in_order},
+    zero_digest,
+};
+use crate::{error::FormatError, publish::Staging};
+
+/// Writes `image` again into `staging`, its frames in the order of the chunks `first` and then of all others.
+/// Every chunk is read and verified before its bytes are copied as they are; what is shared stays shared, and
+/// zero, parent and patch records stay what they are. So image digest and size are those of `image`.
+///
+/// A number in `first` that is not one of a chunk is an error, one that is there twice is not.
+pub fn reorder_image(
+    staging: &mut Staging,
+    image: &ImageReader,
+    first: &[u32],
+    control: Control<'_>,
+) -> Result<WrittenImage, FormatError> {
+    let record = image.record().clone();
+    let plan = Plan::new(image, first)?;
+    let mut reader = image.chunks(0)?;
+    plan.verify.iter().try_for_each(|chunk| reader.read(*chunk).map(|_| ()))?;
+    let mut index = staging.create(&record.index_file())?;
+    let mut data = staging.create(&record.data_file())?;
+    let mut offsets = HashMap::with_capacity(plan.order.len());
+    let spare: Mutex<Vec<Copied>> = Mutex::default();
+    let work = |reader: &mut ChunkReader, places: Range<u64>| {
+        let mut copied = lock(&spare).pop().unwrap_or_default();
+        copied.clear();
+        let chunks = &plan.order[places.start as usize..places.end as usize];
+        for (at, chunk) in chunks.iter().enumerate() {
+            reader.read_ahead(&chunks[at..])?;
+            reader.read(*chunk)?;
+            copied.extend_from_slice(reader.stored(*chunk));
+        }
+        Ok(copied)
+    };
+    // The chunks to copy, seen as an image of their own.
+    let chunk_size = record.chunk_size;
+    let layout = Layout { size: plan.order.len() as u64 * u64::from(chunk_size), chunk_size };
+    run_in_order(
+        layout,
+        control,
+        || image.chunks(0),
+        work,
+        |places, copied: Copied| {
+            let mut offset = data.length();
+            for chunk in &plan.order[places.start as usize..places.end as usize] {
+                if let Some(place) = image.index().records()[*chunk as usize].stored() {
+                    offsets.entry(place).or_insert(offset);
+                    offset += u64::from(place.1);
+                }
+            }
+            data.write(&copied)?;
+            lock(&spare).push(copied);
+            Ok(data.length())
+        },
+    )?;
+    let mut written = WrittenImage {
+        record,
+        zero: 0,
+        duplicate: plan.duplicate,
+        parent: 0,
+        patched: 0,
+        stored: data.length(),
+    };
+    let zero = zero_digest(chunk_size);
+    let mut hasher = ImageHasher::new();
+    for (chunk, old) in (0..).zip(image.index().records()) {
+        let raw = image.index().layout().len(chunk) as u64;
+        // Every place that a record names has been copied.
+        let moved = |offset: &u64, length: &u32| offsets.get(&(*offset, *length)).copied();
+        let record = match old {
+            Record::Zero => {
+                written.zero += raw;
+                *old
+            }
+            Record::Parent { .. } => {
+                written.parent += raw;
+                *old
+            }
+            Record::Data { offset, length, digest } => Record::Data {
+                offset: moved(offset, length).unwrap_or_default(),
+                length: *length,
+                digest: *digest,
+            },
+            Record::Patch { offset, length, digest } => {
+                written.patched += raw;
+                let offset = moved(offset, length).unwrap_or_default();
+                Record::Patch { offset, length: *length, digest: *digest }
+            }
+        };
+        let bytes = record.encode(zero);
+        hasher.record(&bytes);
+        index.write(&bytes)?;
+    }
+    debug_assert_eq!(hasher.finish(image.index().layout()), written.record.digest);
+    staging.finish(index)?;
+    staging.finish(data)?;
+    Ok(written)
+}
+
+/// Frames and patches one behind the other.
+type Copied = Vec<u8>;
+
+/// Which chunks are read, in which order.
+struct Plan {
+    /// Chunks whose bytes are copied.
+    order: Vec<u64>,
+    /// Chunks that share those bytes and must be verified all the same.
+    verify: Vec<u64>,
+    /// Raw bytes of all chunks that share the bytes of another.
+    duplicate: u64,
+}
+
+impl Plan {
+    fn new(image: &ImageReader, first: &[u32]) -> Result<Self, FormatError> {
+        let (records, layout) = (image.index().records(), image.index().layout());
+        let mut plan = Self { order: Vec::new(), verify: Vec::new(), duplicate: 0 };
+        let mut done = vec![false; records.len()];
+        let mut copied = HashMap::new();
+        for chunk in first.iter().copied().map(u64::from).chain(0..layout.chunks()) {
+            let Some(done) = done.get_mut(chunk as usize) else {
+                let why = format!("chunk {chunk}, the image has {}", records.len());
+                return Err(FormatError::field(&image.record().name, "order of chunks", why));
+            };
+            let record = &records[chunk as usize];
+            let Some(place) = record.stored().filter(|_| !std::mem::replace(done, true)) else {
+                continue;
+            };
+            match copied.entry(place) {
+                Entry::Vacant(none) => {
+                    none.insert(*record);
+                    plan.order.push(chunk);
+                }
+                Entry::Occupied(same) => {
+                    plan.duplicate += layout.len(chunk) as u64;
+                    // Equal records of whole chunks are right together; a patch depends on the chunk below.
+                    let last = chunk + 1 == layout.chunks();
+                    if same.get() != record || matches!(record, Record::Patch { .. }) || last {
+                        plan.verify.push(chunk);
+                    }
+                }
+            }
+        }
+        Ok(plan)
+    }
+}

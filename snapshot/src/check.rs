@@ -1,0 +1,390 @@
+//! Whether this host can restore a snapshot, told before anything is mapped or made.
+
+mod disks;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::Serialize;
+use squib_devices::map;
+use squib_formats::{
+    digest::Digest,
+    error::FormatError,
+    header::{self, Header},
+    image::ImageReader,
+    manifest::{MEMORY_IMAGE, Manifest},
+    sections::Sections,
+    snapshot_dir::Snapshot,
+};
+use squib_vmm::{
+    config::{BackendKind, ConfigError, MEMORY_MAX, MEMORY_STEP, MachineConfig},
+    hypervisor,
+    machine::places,
+};
+
+use crate::{
+    ChangedDisks, compat, config,
+    observe::{Phase, Run},
+};
+
+/// What a restore would be told.
+#[derive(Clone, Default)]
+pub struct CheckOptions<'a> {
+    /// Existing directory for the captured disks.
+    pub disk_dir: Option<PathBuf>,
+    /// Files to use as the disks of these ids.
+    pub disk_places: BTreeMap<String, PathBuf>,
+    /// What to do with a disk outside the snapshot that has changed.
+    pub changed_disks: ChangedDisks,
+    /// Where else to look for the snapshots that a difference builds on.
+    pub parents: Vec<PathBuf>,
+    /// How it runs. Only disks outside the snapshot, which are read whole, take time.
+    pub run: Run<'a>,
+}
+
+/// What [`check`] finds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The snapshot.
+    pub path: PathBuf,
+    /// Its id, where this build can read its manifest.
+    pub id: Option<Digest>,
+    /// Whether a restore would be accepted: every line is ok.
+    pub accepted: bool,
+    /// One line a property.
+    pub lines: Vec<Line>,
+}
+
+/// What was found of one property.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Line {
+    /// The property: "architecture", "ID_AA64ISAR0_EL1", "disk vda".
+    pub what: String,
+    /// Whether it stands in the way.
+    pub verdict: Verdict,
+    /// What the snapshot has and what this host has.
+    pub found: String,
+    /// What to do, where something can be done.
+    pub advice: Option<String>,
+}
+
+/// Whether a property stands in the way of a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// It does not.
+    Ok,
+    /// This host, this build or a disk has it otherwise than the snapshot.
+    Differs,
+    /// Something that a restore needs is not there.
+    Missing,
+}
+
+/// Compares the snapshot at `path` with this host and this build. Everything that a restore checks before
+/// it reads the first chunk is checked: header, manifest, state, indexes, CPU, parents, disks and room. Chunks
+/// are not read (`verify` does that), and nothing is made. A snapshot of a newer format or another
+/// architecture is told from its plain header alone.
+///
+/// An error means that there is no snapshot, or that the caller asked to stop.
+pub fn check(path: &Path, options: &CheckOptions<'_>) -> Result<Report, FormatError> {
+    options.run.observer.begin(&Phase::Open);
+    let header = Snapshot::peek(path)?;
+    let mut report = Lines::default();
+    report.header(&header);
+    if !report.accepts() {
+        return Ok(report.finish(path, None));
+    }
+    let snapshot = match Snapshot::open(path) {
+        Ok(snapshot) => snapshot,
+        Err(error) => {
+            report.differs("manifest", error, "the snapshot is damaged: use another copy of it");
+            return Ok(report.finish(path, None));
+        }
+    };
+    let manifest = snapshot.manifest();
+    report.age(manifest);
+    let config = report.machine(manifest);
+    report.cpu(manifest, config.as_ref());
+    report.state(&snapshot, config.as_ref());
+    // Without its parents the snapshot's own indexes can still be looked at.
+    let chain = report.parents(path, &options.parents);
+    report.memory_image(chain.as_ref().unwrap_or(&snapshot));
+    report.disks(chain.as_ref().unwrap_or(&snapshot), options)?;
+    report.page_size(manifest);
+    Ok(report.finish(path, Some(snapshot.id())))
+}
+
+/// A report in the making.
+#[derive(Default)]
+struct Lines(Vec<Line>);
+
+impl Lines {
+    fn accepts(&self) -> bool {
+        self.0.iter().all(|line| line.verdict == Verdict::Ok)
+    }
+
+    fn finish(self, path: &Path, id: Option<Digest>) -> Report {
+        Report { path: path.to_owned(), id, accepted: self.accepts(), lines: self.0 }
+    }
+
+    fn ok(&mut self, what: impl Into<String>, found: impl ToString) {
+        self.push(what.into(), Verdict::Ok, found.to_string(), None);
+    }
+
+    fn differs(&mut self, what: impl Into<String>, found: impl ToString, advice: &str) {
+        self.push(what.into(), Verdict::Differs, found.to_string(), Some(advice.to_owned()));
+    }
+
+    fn missing(&mut self, what: impl Into<String>, found: impl ToString, advice: &str) {
+        self.push(what.into(), Verdict::Missing, found.to_string(), Some(advice.to_owned()));
+    }
+
+    fn push(&mut self, what: String, verdict: Verdict, found: String, advice: Option<String>) {
+        self.0.push(Line { what, verdict, found, advice });
+    }
+
+    /// What the plain header says.
+    fn header(&mut self, header: &Header) {
+        let arch = header.arch_text();
+        match header.arch == header::ARCH_AARCH64 {
+            true => self.ok("architecture", arch),
+            false => self.differs(
+                "architecture",
+                format!("{arch}, this build runs aarch64 only"),
+                "restore it where a squib for that architecture is",
+            ),
+        }
+        let (major, minor) = (header::MAJOR, header::MINOR);
+        let found = format!(
+            "{}.{}, written by squib {}; this build reads {major}.0 to {major}.{minor}",
+            header.major,
+            header.minor,
+            header.writer_text()
+        );
+        match header.check_readable() {
+            Ok(()) => self.ok("format", found),
+            Err(FormatError::Format { .. }) => {
+                let writer = header.writer_text();
+                let advice = format!("restore it with squib {writer} or a later one");
+                self.differs("format", found, &advice);
+            }
+            Err(error) => {
+                self.differs("format", error, "the snapshot is damaged: use another copy of it");
+            }
+        }
+    }
+
+    fn age(&mut self, manifest: &Manifest) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+        let Manifest { writer, host, created, machine, .. } = manifest;
+        let created = u128::from(*created);
+        let age = match (machine.deterministic, now.checked_sub(created)) {
+            (Some(_), _) => "at a time of the deterministic machine's own".to_owned(),
+            (None, Some(passed)) => format!("{} ago", span(passed)),
+            (None, None) => {
+                format!("{} ahead of this host's clock", span(created.saturating_sub(now)))
+            }
+        };
+        self.ok("captured", format!("{age}, by {writer} on {host}"));
+    }
+
+    /// The machine's configuration; `None` if this build cannot have such a machine.
+    fn machine(&mut self, manifest: &Manifest) -> Option<MachineConfig> {
+        let machine = &manifest.machine;
+        let advice = "no squib of this version can have such a machine";
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let vcpus = format!("{}, at most {}; {cores} cores here", machine.vcpus, map::MAX_VCPUS);
+        match (1..=map::MAX_VCPUS).contains(&machine.vcpus) {
+            true => self.ok("vCPUs", vcpus),
+            false => self.differs("vCPUs", vcpus, advice),
+        }
+        let memory = machine.memory_size;
+        let found = format!("{}, at most {}{}", size(memory), size(MEMORY_MAX), host_memory());
+        match (map::RAM_MIN..=MEMORY_MAX).contains(&memory) && memory.is_multiple_of(MEMORY_STEP) {
+            true => self.ok("memory", found),
+            false => self.differs("memory", found, advice),
+        }
+        match config::from_manifest(machine) {
+            Ok(config) => {
+                let disks = config.disks.len();
+                self.ok("machine", format!("`{}`, {disks} disk(s), valid", config.name));
+                Some(config)
+            }
+            // These have lines of their own.
+            Err(
+                ConfigError::Vcpus { .. }
+                | ConfigError::Memory { .. }
+                | ConfigError::UnknownBackend { .. },
+            ) => None,
+            Err(error) => {
+                self.differs("machine", error, advice);
+                None
+            }
+        }
+    }
+
+    /// The backend, and what it shows a guest of its CPUs.
+    fn cpu(&mut self, manifest: &Manifest, config: Option<&MachineConfig>) {
+        let backend = &manifest.machine.backend;
+        let advice = "restore it with a squib, and on a host, that has this backend";
+        if let Err(error) = backend.parse::<BackendKind>() {
+            return self.missing("backend", error, advice);
+        }
+        let Some(config) = config else { return };
+        let host = match hypervisor::identity(config) {
+            Ok(host) => config::identity(host),
+            Err(error) => return self.missing("backend", error, advice),
+        };
+        let mismatches = compat::compare(&manifest.cpu, &host);
+        let differs = |what: &str| mismatches.iter().any(|mismatch| mismatch.what == what);
+        if !differs("backend") {
+            self.ok("backend", backend);
+        }
+        if !differs("CNTFRQ_EL0") {
+            self.ok("CNTFRQ_EL0", format!("{} Hz", host.counter_frequency));
+        }
+        let registers =
+            mismatches.iter().filter(|m| !["backend", "CNTFRQ_EL0"].contains(&&*m.what));
+        if registers.count() == 0 {
+            self.ok("ID registers", format!("{}, all the same", host.id_registers.len()));
+        }
+        for mismatch in mismatches {
+            let text = mismatch.to_string();
+            let found = text.strip_prefix(&*mismatch.what).map_or(&*text, |rest| &rest[2..]);
+            self.differs(&*mismatch.what, found, "restore it on a host with the same CPU");
+        }
+    }
+
+    /// Every section's digest, kind, version and form.
+    fn state(&mut self, snapshot: &Snapshot, config: Option<&MachineConfig>) {
+        let damaged = "the snapshot is damaged: use another copy of it";
+        let mut sections = match Sections::read(snapshot) {
+            Ok(sections) => sections,
+            Err(error) => return self.differs("state", error, damaged),
+        };
+        let Some(config) = config else { return };
+        let places = places(config);
+        let before = self.0.len();
+        for place in &places {
+            let what = format!("section {} {}", place.kind, place.instance);
+            let Ok(section) = sections.take(place.kind, &place.instance) else {
+                self.missing(what, "the machine needs it", damaged);
+                continue;
+            };
+            if section.version > place.version {
+                let found = format!(
+                    "version {}, this build reads up to {}",
+                    section.version, place.version
+                );
+                self.differs(what, found, "restore it with a newer squib");
+            } else if let Err(error) = place.decodes(&section) {
+                self.differs(what, error, damaged);
+            }
+        }
+        for (kind, instance) in sections.left() {
+            let what = format!("section {kind} {instance}");
+            let found = "nothing in this build's machine takes it";
+            self.differs(what, found, "restore it with a newer squib");
+        }
+        if self.0.len() == before {
+            self.ok("sections", format!("{}, all known", places.len()));
+        }
+    }
+
+    /// The snapshot with everything that it builds on.
+    fn parents(&mut self, path: &Path, places: &[PathBuf]) -> Option<Snapshot> {
+        match Snapshot::open_chain(path, places) {
+            Ok(chain) => {
+                for link in chain.chain().skip(1) {
+                    self.ok("parent", format!("{} at {}", link.id(), link.path().display()));
+                }
+                Some(chain)
+            }
+            Err(error @ FormatError::MissingParent { .. }) => {
+                self.missing("parent", error, "if it is elsewhere, say where with --parent DIR");
+                None
+            }
+            Err(error) => {
+                self.differs("parent", error, "`squib snapshot verify` lists all damage");
+                None
+            }
+        }
+    }
+
+    fn memory_image(&mut self, snapshot: &Snapshot) {
+        if let Some(index) = self.image("memory image", snapshot, MEMORY_IMAGE) {
+            let (stored, chunks) = (disks::data_bytes(&index), index.records().len());
+            self.ok("memory image", format!("{} of data in {chunks} chunks", size(stored)));
+        }
+    }
+
+    /// The index of an image, checked as a restore checks it. A difference whose parent is missing is
+    /// looked at as far as it goes.
+    fn image(
+        &mut self,
+        what: &str,
+        snapshot: &Snapshot,
+        name: &str,
+    ) -> Option<squib_formats::image::Index> {
+        let alone = snapshot.manifest().parent.is_some() && snapshot.parent().is_none();
+        let index = match alone {
+            true => ImageReader::open_index(snapshot, name),
+            false => ImageReader::open(snapshot, name).map(|image| image.index().clone()),
+        };
+        match index {
+            Ok(index) => Some(index),
+            Err(error) => {
+                self.differs(what, error, "`squib snapshot verify` lists all damage");
+                None
+            }
+        }
+    }
+
+    fn page_size(&mut self, manifest: &Manifest) {
+        let page = rustix::param::page_size();
+        let chunks = manifest.images.iter().map(|image| image.chunk_size).min().unwrap_or(0);
+        let whole = (chunks as usize).is_multiple_of(page);
+        let note = if whole { "" } else { ", which are not whole pages: loading is slower" };
+        self.ok("page size", format!("{page} bytes here, chunks of {chunks}{note}"));
+    }
+}
+
+/// What is known of this host's memory, as the end of a sentence.
+fn host_memory() -> String {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let field = |name: &str| -> Option<u64> {
+        let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+        rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    match (field("MemTotal:"), field("MemAvailable:")) {
+        (Some(total), Some(free)) => {
+            format!("; this host has {}, {} of it available", size(total), size(free))
+        }
+        _ => String::new(),
+    }
+}
+
+/// Bytes for people.
+fn size(bytes: u64) -> String {
+    let (value, unit) = match bytes {
+        0..0x400 => return format!("{bytes} B"),
+        0x400..0x10_0000 => (bytes as f64 / 1024.0, "KiB"),
+        0x10_0000..0x4000_0000 => (bytes as f64 / f64::from(1 << 20), "MiB"),
+        _ => (bytes as f64 / f64::from(1 << 30), "GiB"),
+    };
+    format!("{value:.1} {unit}")
+}
+
+/// A length of time for people, from nanoseconds.
+fn span(ns: u128) -> String {
+    let seconds = ns / 1_000_000_000;
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}

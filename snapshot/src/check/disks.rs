@@ -1,0 +1,154 @@
+//! Where the disks of a snapshot would be, and whether there is room for them.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::Path,
+};
+
+use squib_devices::virtio::block::BlockError;
+use squib_formats::{
+    error::FormatError,
+    image::{Index, zero_digest},
+    manifest::{DiskRecord, DiskStorage},
+    snapshot_dir::Snapshot,
+};
+
+use super::{CheckOptions, Lines, size};
+use crate::{
+    disks::{self, CheckError, DiskError},
+    observe::Phase,
+};
+
+impl Lines {
+    /// Disks outside the snapshot are what they were, and those inside have a place and room.
+    pub(super) fn disks(
+        &mut self,
+        snapshot: &Snapshot,
+        options: &CheckOptions<'_>,
+    ) -> Result<(), FormatError> {
+        let records = &snapshot.manifest().machine.disks;
+        for id in options.disk_places.keys().filter(|id| records.iter().all(|d| d.id != **id)) {
+            let advice = "`squib snapshot inspect` lists its disks";
+            self.differs(format!("disk {id}"), "the snapshot has no such disk", advice);
+        }
+        let mut needed = 0u64;
+        for record in records {
+            let what = format!("disk {}", record.id);
+            let place = options.disk_places.get(&record.id);
+            match (record.storage, place) {
+                (DiskStorage::Captured, None) => {
+                    let Some(index) = self.image(&what, snapshot, &record.image_name()) else {
+                        continue;
+                    };
+                    let room = data_bytes(&index);
+                    needed = needed.saturating_add(room);
+                    self.captured(&what, record, room, options.disk_dir.as_deref());
+                }
+                (_, place) => {
+                    let path = place.map_or(Path::new(&record.path), |place| place);
+                    self.outside(&what, record, path, options)?;
+                }
+            }
+        }
+        if let Some(dir) = &options.disk_dir
+            && needed > 0
+        {
+            self.room(dir, needed);
+        }
+        Ok(())
+    }
+
+    /// A disk that the restore would make.
+    fn captured(&mut self, what: &str, record: &DiskRecord, room: u64, dir: Option<&Path>) {
+        let found = format!("{} captured, takes {}", size(record.size), size(room));
+        let Some(dir) = dir else {
+            let found = format!("{found}, and there is no directory to put it into");
+            return self.missing(what, found, "name one");
+        };
+        let path = dir.join(format!("{}.img", record.id));
+        match fs::symlink_metadata(&path) {
+            Ok(_) => {
+                let found = format!("{} exists already", path.display());
+                self.differs(what, found, "remove it, or name another directory");
+            }
+            Err(_) => self.ok(what, found),
+        }
+    }
+
+    /// A disk that lies outside the snapshot.
+    fn outside(
+        &mut self,
+        what: &str,
+        record: &DiskRecord,
+        path: &Path,
+        options: &CheckOptions<'_>,
+    ) -> Result<(), FormatError> {
+        // The restored machine opens it so.
+        if !record.read_only
+            && let Err(error) = File::options().read(true).write(true).open(path)
+        {
+            let found = format!("{}: {error}", path.display());
+            let advice = "bring it back, or say where it is with --disk ID=PATH";
+            self.missing(what, found, advice);
+            return Ok(());
+        }
+        let phase = Phase::Disk(record.id.clone());
+        let checked = options
+            .run
+            .phase(phase, |control| disks::check(record, path, options.changed_disks, control));
+        let changed = "bring back the disk as it was, or go on at the guest's risk with \
+                       --allow-changed-disks";
+        match checked {
+            Ok(()) => {
+                self.ok(what, format!("{} at {}, unchanged", size(record.size), path.display()));
+            }
+            Err(CheckError::Format(FormatError::Cancelled)) => return Err(FormatError::Cancelled),
+            Err(CheckError::Disk(error @ DiskError::Changed { .. })) => {
+                self.differs(what, error, changed);
+            }
+            Err(CheckError::Disk(error @ DiskError::Size { .. })) => {
+                self.differs(what, error, "bring back the disk as it was");
+            }
+            Err(CheckError::Block(error @ BlockError::InUse { .. })) => {
+                self.missing(what, error, "end the VM that uses it, or give the restore a copy");
+            }
+            Err(error) => self.missing(what, error, "make it readable"),
+        }
+        Ok(())
+    }
+
+    /// Free space in `dir`, where `needed` bytes of disks would go.
+    fn room(&mut self, dir: &Path, needed: u64) {
+        match free(dir) {
+            Ok(free) => {
+                let found =
+                    format!("{} needed in {}, {} free", size(needed), dir.display(), size(free));
+                match free >= needed {
+                    true => self.ok("room for disks", found),
+                    false => self.missing("room for disks", found, "make room, or use --disk-dir"),
+                }
+            }
+            Err(error) => {
+                let found = format!("{}: {error}", dir.display());
+                self.missing("room for disks", found, "make the directory, or name another");
+            }
+        }
+    }
+}
+
+/// Bytes of an image's chunks that are not zero: what a file made of it takes.
+pub(super) fn data_bytes(index: &Index) -> u64 {
+    let zero = zero_digest(index.chunk_size());
+    let data = index.digests().filter(|digest| *digest != zero).count() as u64;
+    data.saturating_mul(index.chunk_size().into()).min(index.size())
+}
+
+/// Bytes that this user can still write below `dir`.
+fn free(dir: &Path) -> io::Result<u64> {
+    if !fs::metadata(dir)?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}

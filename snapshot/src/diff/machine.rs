@@ -1,0 +1,114 @@
+//! Two machines' configurations and CPUs.
+
+use serde::Serialize;
+use squib_formats::manifest::{DeterministicInfo, DiskRecord, DiskStorage, MachineInfo, Manifest};
+
+use crate::compat;
+
+/// Something of the machine that is not the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// What it is: "vCPUs", "disk vda: path", "ID_AA64ISAR0_EL1".
+    pub what: String,
+    /// In the first snapshot.
+    pub a: String,
+    /// In the second snapshot.
+    pub b: String,
+}
+
+/// What is not the same, and whether the bytes of all disks outside the snapshots are.
+pub(super) fn compare(a: &Manifest, b: &Manifest) -> (Vec<Change>, bool) {
+    let mut changes = Vec::new();
+    let mut differ = |what: &str, a: String, b: String| {
+        if a != b {
+            changes.push(Change { what: what.to_owned(), a, b });
+        }
+    };
+    let (disks_before, disks_now) = (&a.machine.disks, &b.machine.disks);
+    let (before, now) = (properties(&a.machine), properties(&b.machine));
+    for ((what, before), (_, now)) in before.into_iter().zip(now) {
+        differ(what, before, now);
+    }
+    let mut same_bytes = true;
+    let find = |list: &'_ [DiskRecord], id: &str| list.iter().find(|d| d.id == id).cloned();
+    let mut ids: Vec<&str> = disks_before.iter().map(|disk| &*disk.id).collect();
+    ids.extend(disks_now.iter().map(|d| &*d.id).filter(|id| find(disks_before, id).is_none()));
+    for id in ids {
+        let (was, is) = (find(disks_before, id), find(disks_now, id));
+        let (Some(was), Some(is)) = (&was, &is) else {
+            let there = |disk: &Option<DiskRecord>| match disk {
+                Some(disk) => format!("{} bytes from {}", disk.size, disk.path),
+                None => "not there".to_owned(),
+            };
+            same_bytes = false;
+            differ(&format!("disk {id}"), there(&was), there(&is));
+            continue;
+        };
+        for ((what, was), (_, is)) in disk(was).into_iter().zip(disk(is)) {
+            differ(&format!("disk {id}: {what}"), was, is);
+        }
+        // Of a captured disk the image shows where the bytes differ.
+        let outside = [was, is].iter().any(|disk| disk.storage == DiskStorage::Reference);
+        if outside && was.digest != is.digest {
+            same_bytes = false;
+            differ(&format!("disk {id}: bytes"), was.digest.to_string(), is.digest.to_string());
+        }
+    }
+    let order = |disks: &[DiskRecord]| {
+        disks.iter().map(|disk| disk.id.clone()).collect::<Vec<_>>().join(", ")
+    };
+    if disks_before.len() == disks_now.len() {
+        differ("order of disks", order(disks_before), order(disks_now));
+    }
+    for mismatch in compat::compare(&a.cpu, &b.cpu) {
+        differ(&mismatch.what, mismatch.snapshot, mismatch.host);
+    }
+    (changes, same_bytes)
+}
+
+/// Everything but the disks, for people.
+fn properties(machine: &MachineInfo) -> [(&'static str, String); 9] {
+    let MachineInfo {
+        name,
+        memory_size,
+        vcpus,
+        cmdline,
+        kernel,
+        kernel_digest,
+        initrd,
+        disks: _,
+        rng,
+        // Part of the CPU's identity.
+        backend: _,
+        deterministic,
+    } = machine;
+    let none = || "none".to_owned();
+    let deterministic = deterministic.map_or_else(none, |DeterministicInfo { seed, epoch }| {
+        format!("seed {seed}, epoch {epoch}")
+    });
+    [
+        ("name", name.clone()),
+        ("memory", format!("{memory_size} bytes")),
+        ("vCPUs", vcpus.to_string()),
+        ("kernel command line", cmdline.clone()),
+        ("kernel", kernel.clone()),
+        ("kernel's digest", kernel_digest.map_or_else(none, |digest| digest.to_string())),
+        ("initrd", initrd.clone().unwrap_or_else(none)),
+        ("virtio-rng", if *rng { "there" } else { "not there" }.to_owned()),
+        ("deterministic", deterministic),
+    ]
+}
+
+fn disk(disk: &DiskRecord) -> [(&'static str, String); 4] {
+    let DiskRecord { id: _, path, size, read_only, storage, digest: _ } = disk;
+    let storage = match storage {
+        DiskStorage::Captured => "captured",
+        DiskStorage::Reference => "outside",
+    };
+    [
+        ("path", path.clone()),
+        ("size", format!("{size} bytes")),
+        ("access", if *read_only { "read-only" } else { "writable" }.to_owned()),
+        ("bytes kept", storage.to_owned()),
+    ]
+}

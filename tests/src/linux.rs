@@ -1,0 +1,87 @@
+//! The guest kit's Linux with a shell on its console.
+
+use std::{
+    io::Write,
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use squib_snapshot::{
+    Durability,
+    capture::{CaptureOptions, capture},
+    restore::{RestoreOptions, restore},
+};
+use squib_vmm::machine::{self, Machine};
+
+use crate::{console::Capture, scenario};
+
+/// Longer than the slowest host takes for a boot or a command.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A machine that runs by the host's clock, its shell waiting for commands.
+pub struct Shell {
+    /// The machine.
+    pub machine: Machine,
+    console: Capture,
+    asked: AtomicU32,
+}
+
+impl Shell {
+    /// Boots one with its disk in `folder`; none if the kit is not in the cache.
+    pub fn boot(folder: &Path) -> Result<Option<Self>> {
+        let Some(mut config) = scenario::linux(folder)? else { return Ok(None) };
+        config.deterministic = None;
+        let shell = Self::of(|console| Ok(Machine::boot(config, console)?))?;
+        shell.machine.resume()?;
+        let prompt = shell.console.wait_for(PATIENCE, |text| text.contains("/ # ").then_some(()));
+        prompt.with_context(|| format!("no prompt: {}", shell.console.text()))?;
+        Ok(Some(shell))
+    }
+
+    /// Writes a snapshot to `path` and ends the machine.
+    pub fn save(self, path: &Path) -> Result<()> {
+        self.machine.pause(PATIENCE)?;
+        let options = CaptureOptions { durability: Durability::None, ..CaptureOptions::default() };
+        capture(&self.machine, path, &options)?;
+        Ok(())
+    }
+
+    /// A paused machine from the snapshot at `path`, with its disk in the new directory `disks`.
+    pub fn restore(path: &Path, disks: &Path, options: machine::RestoreOptions) -> Result<Self> {
+        std::fs::create_dir(disks)?;
+        let options = RestoreOptions {
+            disk_dir: Some(disks.to_owned()),
+            machine: options,
+            ..RestoreOptions::default()
+        };
+        Self::of(|console| Ok(restore(path, &options, console)?.machine))
+    }
+
+    fn of(make: impl FnOnce(Box<dyn Write + Send>) -> Result<Machine>) -> Result<Self> {
+        let console = Capture::default();
+        let machine = make(Box::new(console.clone()))?;
+        Ok(Self { machine, console, asked: AtomicU32::new(0) })
+    }
+
+    /// What the running guest prints for `command`.
+    pub fn ask(&self, command: &str) -> Result<String> {
+        let n = self.asked.fetch_add(1, Ordering::Relaxed);
+        // The shell echoes what it reads, but not with the sums done.
+        let line = format!("echo @$(({n}))s@; {command}; echo @$(({n}))e@\n");
+        self.machine.console_input().send(line.as_bytes())?;
+        let (start, end) = (format!("@{n}s@"), format!("@{n}e@"));
+        let answer = self.console.wait_for(PATIENCE, |text| {
+            let (_, rest) = text.split_once(&start)?;
+            let (answer, _) = rest.split_once(&end)?;
+            Some(answer.replace('\r', "").trim().to_owned())
+        });
+        answer.with_context(|| format!("no answer to `{command}`: {}", self.console.text()))
+    }
+
+    /// Everything on its console.
+    pub fn text(&self) -> String {
+        self.console.text()
+    }
+}
