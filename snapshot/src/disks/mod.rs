@@ -6,6 +6,7 @@
 mod capture;
 mod digest;
 mod restore;
+mod room;
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -20,6 +21,7 @@ use squib_formats::digest::Digest;
 pub(crate) use capture::{Disk, FrozenDisk};
 pub(crate) use restore::{CheckError, Disks, check};
 pub use restore::{DiskLoad, FinishError, finish_disks};
+pub(crate) use room::{data_bytes, free};
 
 /// What a restore does with a disk that lies outside the snapshot and has changed since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -84,6 +86,18 @@ pub enum DiskError {
     /// It is not a disk, or in use.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// It would not fit where it is to be made.
+    #[error("disk `{id}`: no room for {}: {needed} bytes needed, {free} free", path.display())]
+    NoRoom {
+        /// The disk's id.
+        id: String,
+        /// Where it would be.
+        path: PathBuf,
+        /// Bytes that it and the disks before it need.
+        needed: u64,
+        /// Bytes that can be written there.
+        free: u64,
+    },
     /// It is being captured already.
     #[error("disk `{id}`: another snapshot of it is being written")]
     Frozen {

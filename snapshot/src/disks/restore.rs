@@ -18,7 +18,7 @@ use squib_formats::{
 };
 use squib_vmm::machine::Machine;
 
-use super::{ChangedDisks, DiskError, create, digest, open, remove};
+use super::{ChangedDisks, DiskError, create, data_bytes, digest, open, remove, room};
 use crate::memory::{ImageBaseline, ImageOrigin, Loader};
 
 /// How captured disks come back. The guest sees the same bytes in both, and each is verified before it is used.
@@ -126,6 +126,8 @@ pub(crate) struct Disks {
     /// Those that a thread is to bring.
     wanted: Vec<(Arc<DiskGranules>, Arc<ImageReader>)>,
     made: Vec<PathBuf>,
+    /// Bytes that the thread will write.
+    promised: u64,
 }
 
 impl Disks {
@@ -139,6 +141,11 @@ impl Disks {
         control: Control<'_>,
     ) -> Result<(), CheckError> {
         let record = image.record();
+        if load == DiskLoad::Lazy {
+            let needed = data_bytes(image.index());
+            room::check(id, path, needed, self.promised)?;
+            self.promised = self.promised.saturating_add(needed);
+        }
         let file = create(id, path, record.size)?;
         self.made.push(path.to_owned());
         let granules = Arc::new(TrackedDisk::absent(id, file, record.chunk_size.trailing_zeros()));
