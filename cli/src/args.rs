@@ -4,7 +4,10 @@ use std::{path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{api::types::Durability, exit};
+use crate::{
+    api::types::{DiskMode, DiskModeParam, Durability},
+    exit,
+};
 
 /// Boot, snapshot and restore aarch64 Linux microVMs.
 #[derive(Debug, Parser)]
@@ -145,9 +148,15 @@ pub(crate) struct CreateArgs {
     /// End the VM once the snapshot is safe.
     #[arg(long)]
     pub(crate) stop: bool,
-    /// Let the guest go on as soon as its state is saved; its memory is written as it was at that moment.
+    /// Let the guest go on as soon as its state is saved; memory and disks are written as they were at that
+    /// moment.
     #[arg(long, conflicts_with = "stop")]
     pub(crate) live: bool,
+    /// Where the bytes of the disks go: `capture` puts them into the snapshot; `reference` leaves them where
+    /// they are, and a restore checks that they have not changed since. For all disks, or those of these ids;
+    /// may be given several times [default: capture what the guest can write to].
+    #[arg(long = "disk-mode", value_name = "capture|reference[=ID,...]")]
+    pub(crate) disk_modes: Vec<DiskModeArg>,
     /// zstd level of the snapshot's frames [default: 1].
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub(crate) level: Option<i32>,
@@ -193,8 +202,8 @@ pub(crate) struct RestoreArgs {
     /// Use this file as the snapshot's disk of that id; its bytes have to be those of the snapshot.
     #[arg(long = "disk", value_name = "ID=PATH")]
     pub(crate) disks: Vec<DiskPlace>,
-    /// Existing directory in which the captured disks become files, ID.img each, that stay [default: a
-    /// private place, removed when the VM ends].
+    /// Existing directory in which the captured disks become files, ID.img each, that stay; they are whole
+    /// before the guest runs [default: a private place, filled while it runs and removed when the VM ends].
     #[arg(long, value_name = "DIR")]
     pub(crate) disk_dir: Option<PathBuf>,
     /// Restore although a disk has changed since the snapshot: the guest's file system may be damaged.
@@ -514,6 +523,45 @@ impl FromStr for DiskPlace {
     }
 }
 
+/// capture|reference[=ID,...]: where the bytes of some disks, or without ids of all, go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskModeArg {
+    pub(crate) mode: DiskMode,
+    pub(crate) ids: Vec<String>,
+}
+
+impl FromStr for DiskModeArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not capture or reference, with =ID,... for some disks");
+        let (mode, ids) = match text.split_once('=') {
+            Some((mode, ids)) => (mode, ids.split(',').map(str::to_owned).collect()),
+            None => (text, Vec::new()),
+        };
+        let mode = match mode {
+            "capture" => DiskMode::Capture,
+            "reference" => DiskMode::Reference,
+            _ => return Err(wrong()),
+        };
+        if ids.iter().any(String::is_empty) {
+            return Err(wrong());
+        }
+        Ok(Self { mode, ids })
+    }
+}
+
+impl DiskModeArg {
+    /// As the control API has it.
+    pub(crate) fn params(&self) -> Vec<DiskModeParam> {
+        let param = |disk_id| DiskModeParam { mode: self.mode, disk_id };
+        match self.ids.is_empty() {
+            true => vec![param(None)],
+            false => self.ids.iter().cloned().map(Some).map(param).collect(),
+        }
+    }
+}
+
 /// A number of bytes: plain numbers are MiB, as is the suffix M; K, G and T likewise with powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Size(pub(crate) u64);
@@ -560,6 +608,18 @@ mod tests {
         }
         for text in ["", "M", "-1", "1.5G", "12B", "99999999999T", "+1M", "ä"] {
             assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_disk_mode_is_for_all_disks_or_for_some() {
+        let param = |mode, id: Option<&str>| DiskModeParam { mode, disk_id: id.map(Into::into) };
+        let params = |text: &str| text.parse::<DiskModeArg>().map(|mode| mode.params());
+        assert_eq!(params("reference"), Ok(vec![param(DiskMode::Reference, None)]));
+        let both = vec![param(DiskMode::Capture, Some("a")), param(DiskMode::Capture, Some("b"))];
+        assert_eq!(params("capture=a,b"), Ok(both));
+        for text in ["", "copy", "capture=", "reference=a,", "=a"] {
+            assert!(params(text).is_err(), "{text}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! Snapshots of the running machine, as the control API asks for them.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -12,14 +13,17 @@ use std::{
 use squib_formats::{image::ImageOptions, manifest::MEMORY_IMAGE, snapshot_dir::Snapshot};
 use squib_snapshot::{
     Durability, Existing,
-    capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, capture},
+    capture::{After, CaptureError, CaptureOptions, CaptureTimings, Captured, DiskMode, capture},
     inspect::inspect,
     observe::{Observer, Phase as Step, Run},
 };
-use squib_vmm::machine::Machine;
+use squib_vmm::{config::MachineConfig, machine::Machine};
 
 use crate::{
-    api::types::{self, DiskReport, Phase, SnapshotCreateParams, SnapshotProgress, SnapshotReport},
+    api::types::{
+        self, DiskModeParam, DiskReport, Phase, SnapshotCreateParams, SnapshotProgress,
+        SnapshotReport,
+    },
     home::Home,
     output::ms,
 };
@@ -100,6 +104,7 @@ pub(crate) fn write(
         dependents_in: if params.force { children_of(&params.snapshot_path) } else { Vec::new() },
         after: if params.stop { After::Stop } else { After::GoOn },
         live: params.live,
+        disks: disk_modes(machine.config(), &params.disk_mode),
         image: ImageOptions {
             chunk_size: params.chunk_size.unwrap_or(image.chunk_size),
             level: params.level.unwrap_or(image.level),
@@ -139,6 +144,22 @@ fn note(captured: &Captured) {
         Ok(Err(error)) => tracing::warn!("{}: not noted: {error}", captured.path.display()),
         Err(error) => tracing::warn!("{}: not noted: {error}", captured.path.display()),
     }
+}
+
+/// The mode of each disk that has one. A disk that the machine does not have stays in: the capture names it.
+fn disk_modes(config: &MachineConfig, params: &[DiskModeParam]) -> BTreeMap<String, DiskMode> {
+    let mode = |param: &DiskModeParam| match param.mode {
+        types::DiskMode::Capture => DiskMode::Capture,
+        types::DiskMode::Reference => DiskMode::Reference,
+    };
+    let mut modes = BTreeMap::new();
+    for param in params.iter().filter(|param| param.disk_id.is_none()) {
+        modes.extend(config.disks.iter().map(|disk| (disk.id.clone(), mode(param))));
+    }
+    for param in params {
+        modes.extend(param.disk_id.iter().map(|id| (id.clone(), mode(param))));
+    }
+    modes
 }
 
 /// What a step is called where people and clients read it.

@@ -7,16 +7,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use squib_devices::{granules::Frozen, memory::RamStore};
+use squib_devices::{
+    granules::Frozen,
+    memory::RamStore,
+    virtio::block::{DiskGranules, TrackedDisk},
+};
 use squib_formats::{
     chain::MAX_CHAIN,
     digest::Digest,
     error::FormatError,
-    image::{
-        Control, FileSource, ImageOptions, ImageReader, Source, WrittenImage, digest_source,
-        write_diff, write_image,
-    },
-    manifest::{DiskRecord, DiskStorage, MAX_HINT, MEMORY_IMAGE, Manifest},
+    image::{Control, ImageOptions, ImageReader, Source, WrittenImage, write_diff, write_image},
+    manifest::{MAX_HINT, MEMORY_IMAGE, Manifest},
     persist::Section,
     publish::{Durability, Existing, Staging},
     sections::write_sections,
@@ -30,8 +31,9 @@ use squib_vmm::{
 
 pub use crate::disks::DiskError;
 use crate::{
-    config, disks,
-    memory::{PublishedBaseline, RamSource},
+    config,
+    disks::{self, Disk, FrozenDisk},
+    memory::{FrozenSource, PublishedBaseline},
     observe::{Phase, Run},
     remove::{self, Dependent},
 };
@@ -62,9 +64,10 @@ pub trait Guest: Sync {
     /// The wall time that goes into the manifest, in nanoseconds since 1970-01-01 00:00 UTC. For a
     /// deterministic machine its own, so that equal runs give equal snapshots.
     fn wall_ns(&self) -> u64;
-    /// The bytes of one of its disks.
-    fn open_disk(&self, disk: &DiskConfig) -> Result<FileSource, DiskError> {
-        disks::open_source(&disk.id, &disk.path)
+    /// One of its disks; of what lies at its path, nothing is known but the bytes.
+    fn open_disk(&self, disk: &DiskConfig) -> Result<Arc<DiskGranules>, DiskError> {
+        let file = disks::open(&disk.id, &disk.path, true, None)?;
+        Ok(Arc::new(TrackedDisk::granules_of(&disk.id, file, false)))
     }
 }
 
@@ -109,8 +112,13 @@ impl Guest for Machine {
         Machine::time(self).wall_ns
     }
 
-    fn open_disk(&self, disk: &DiskConfig) -> Result<FileSource, DiskError> {
-        disks::source_of(&disk.id, &disk.path, self.disk_file(&disk.id))
+    fn open_disk(&self, disk: &DiskConfig) -> Result<Arc<DiskGranules>, DiskError> {
+        self.disk_granules(&disk.id).cloned().ok_or_else(|| DiskError::Io {
+            id: disk.id.clone(),
+            path: disk.path.clone(),
+            action: "read",
+            source: std::io::ErrorKind::NotFound.into(),
+        })
     }
 }
 
@@ -144,11 +152,12 @@ pub struct CaptureOptions<'a> {
     pub pause_deadline: Duration,
     /// What happens to the guest.
     pub after: After,
-    /// Let the guest go on as soon as its state is saved, while memory is written as it was at that moment.
+    /// Let the guest go on as soon as its state is saved, while memory and disks are written as they were at
+    /// that moment.
     /// Not together with [`After::Stop`], which has nothing to go on.
     pub live: bool,
-    /// Most bytes of memory that a live capture puts aside when the guest writes to them before they are
-    /// stored. Then the guest waits where it writes.
+    /// Most bytes of memory, and of each disk, that a live capture puts aside when the guest writes to them
+    /// before they are stored. Then the guest waits where it writes.
     pub aside: u64,
     /// How images are stored.
     pub image: ImageOptions,
@@ -297,27 +306,29 @@ pub fn capture(
     let created = guest.wall_ns();
     timings.state = started.elapsed();
 
+    // Memory is held last and let go first, so that whoever has the disks can have the memory too.
+    let disks = disks.into_iter().map(|disk| disk.freeze(options.aside));
+    let mut disks = disks.collect::<Result<Vec<_>, _>>()?;
     let frozen = guest.freeze(options.aside)?;
     let mut paused = Some(paused);
-    let settled = disks.iter().all(Disk::reads_later);
-    if options.live && options.after == After::GoOn && settled {
+    if options.live && options.after == After::GoOn {
         timings.downtime = paused.take().map_or(Ok(Duration::ZERO), Paused::go_on)?;
     }
 
     let started = Instant::now();
     let base = parent.and_then(|parent| parent.image(MEMORY_IMAGE)).map(ImageReader::index);
     let memory = run.phase(Phase::Memory, |control| {
-        let source = RamSource::new(&frozen, base);
+        let source = FrozenSource::new(&frozen, base);
         write(&mut staging, MEMORY_IMAGE, &source, parent, options.image, control)
     })?;
     timings.memory = started.elapsed();
 
     let started = Instant::now();
     let (mut images, mut captured) = (vec![memory.record.clone()], Vec::new());
-    for disk in disks.iter_mut().filter(|disk| !disk.reads_later()) {
+    for disk in &mut disks {
         if let Some(image) = disk.take(&mut staging, parent, options.image, run)? {
             images.push(image.record.clone());
-            captured.push((disk.config.id.clone(), image));
+            captured.push((disk.id().to_owned(), image));
         }
     }
     timings.disks = started.elapsed();
@@ -328,11 +339,6 @@ pub fn capture(
     {
         timings.downtime = paused.go_on()?;
     }
-    let started = Instant::now();
-    for disk in disks.iter_mut().filter(|disk| disk.reads_later()) {
-        disk.take(&mut staging, parent, options.image, run)?;
-    }
-    timings.disks += started.elapsed();
 
     let started = Instant::now();
     let manifest = Manifest {
@@ -341,7 +347,7 @@ pub fn capture(
         created,
         parent: parent.map(|parent| parent.snapshot.id()),
         parent_hint: parent.and_then(Parent::hint),
-        machine: config::to_manifest(config, records(disks)),
+        machine: config::to_manifest(config, disks.iter().map(FrozenDisk::record).collect()),
         cpu: config::identity(guest.cpu_identity()),
         images,
         sections,
@@ -351,10 +357,11 @@ pub fn capture(
     let id = run.phase(Phase::Publish, |_| staging.publish(manifest))?;
     timings.publish = started.elapsed();
     let granule_size = frozen.granule_size();
-    timings.throttled = frozen.throttled();
+    timings.throttled = frozen.throttled() + disks.iter().map(FrozenDisk::throttled).sum::<u64>();
     if granule_size == u64::from(memory.record.chunk_size) {
         frozen.keep(Arc::new(PublishedBaseline::new(output, id, MEMORY_IMAGE)));
     }
+    disks.into_iter().for_each(|disk| disk.keep(output, id));
     if let Some(paused) = paused {
         timings.downtime = paused.stop();
     }
@@ -377,7 +384,7 @@ fn check_replaced(output: &Path, options: &CaptureOptions<'_>) -> Result<(), Cap
 }
 
 /// The snapshot that the new one is a difference to, all its images open.
-struct Parent {
+pub(crate) struct Parent {
     snapshot: Snapshot,
     images: Vec<ImageReader>,
 }
@@ -402,7 +409,7 @@ impl Parent {
         Ok(Self { snapshot, images })
     }
 
-    fn image(&self, name: &str) -> Option<&ImageReader> {
+    pub(crate) fn image(&self, name: &str) -> Option<&ImageReader> {
         self.images.iter().find(|image| image.record().name == name)
     }
 
@@ -414,7 +421,7 @@ impl Parent {
 }
 
 /// Writes an image, as a difference if the parent has one of that name.
-fn write(
+pub(crate) fn write(
     staging: &mut Staging,
     name: &str,
     source: &dyn Source,
@@ -475,85 +482,6 @@ impl Drop for Paused<'_> {
             tracing::error!("after a failed capture the guest does not go on: {error}");
         }
     }
-}
-
-/// A disk on its way into the snapshot.
-struct Disk<'a> {
-    config: &'a DiskConfig,
-    path: String,
-    mode: DiskMode,
-    source: FileSource,
-    /// Known once the disk has been taken.
-    digest: Digest,
-}
-
-impl<'a> Disk<'a> {
-    fn open(
-        guest: &dyn Guest,
-        config: &'a DiskConfig,
-        mode: Option<DiskMode>,
-    ) -> Result<Self, DiskError> {
-        let mode = mode.unwrap_or(match config.read_only {
-            true => DiskMode::Reference,
-            false => DiskMode::Capture,
-        });
-        // A restore may begin in another directory.
-        let path = std::path::absolute(&config.path).map_err(|source| {
-            let (id, path) = (config.id.clone(), config.path.clone());
-            DiskError::Io { id, path, action: "find", source }
-        })?;
-        let path = path
-            .into_os_string()
-            .into_string()
-            .map_err(|path| DiskError::Path { id: config.id.clone(), path: path.into() })?;
-        let source = guest.open_disk(config)?;
-        Ok(Self { config, path, mode, source, digest: Digest([0; 32]) })
-    }
-
-    /// Whether the guest cannot change what is to be read, so that it need not stand still for it.
-    fn reads_later(&self) -> bool {
-        self.config.read_only && self.mode == DiskMode::Reference
-    }
-
-    fn take(
-        &mut self,
-        staging: &mut Staging,
-        parent: Option<&Parent>,
-        options: ImageOptions,
-        run: &Run<'_>,
-    ) -> Result<Option<WrittenImage>, FormatError> {
-        run.phase(Phase::Disk(self.config.id.clone()), |control| match self.mode {
-            DiskMode::Capture => {
-                let name = format!("disk-{}", self.config.id);
-                let image = write(staging, &name, &self.source, parent, options, control)?;
-                self.digest = image.record.digest;
-                Ok(Some(image))
-            }
-            DiskMode::Reference => {
-                let found = digest_source(&self.path, &self.source, control)?;
-                self.digest = found.digest;
-                Ok(None)
-            }
-        })
-    }
-}
-
-fn records(disks: Vec<Disk<'_>>) -> Vec<DiskRecord> {
-    let record = |disk: Disk<'_>| {
-        let Disk { config, path, mode, source, digest } = disk;
-        DiskRecord {
-            id: config.id.clone(),
-            path,
-            size: source.size(),
-            read_only: config.read_only,
-            storage: match mode {
-                DiskMode::Capture => DiskStorage::Captured,
-                DiskMode::Reference => DiskStorage::Reference,
-            },
-            digest,
-        }
-    };
-    disks.into_iter().map(record).collect()
 }
 
 /// Name, architecture and, where it can be told, build of this host's operating system.

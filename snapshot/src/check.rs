@@ -27,6 +27,7 @@ use squib_vmm::{
 
 use crate::{
     ChangedDisks, compat, config,
+    disks::data_bytes,
     observe::{Phase, Run},
 };
 
@@ -316,7 +317,7 @@ impl Lines {
 
     fn memory_image(&mut self, snapshot: &Snapshot) {
         if let Some(index) = self.image("memory image", snapshot, MEMORY_IMAGE) {
-            let (stored, chunks) = (disks::data_bytes(&index), index.records().len());
+            let (stored, chunks) = (data_bytes(&index), index.records().len());
             self.ok("memory image", format!("{} of data in {chunks} chunks", size(stored)));
         }
     }

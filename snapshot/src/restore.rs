@@ -22,14 +22,14 @@ use squib_formats::{
 use squib_vmm::{
     config::{ConfigError, MachineConfig},
     hypervisor,
-    machine::{self, Machine, MachineError},
+    machine::{self, Contents, Machine, MachineError},
 };
 
-pub use crate::disks::DiskError;
+pub use crate::disks::{DiskError, DiskLoad, FinishError, finish_disks};
 use crate::{
     compat::{self, Mismatch},
     config,
-    disks::{self, ChangedDisks, CheckError, Made},
+    disks::{ChangedDisks, CheckError, Disks},
     memory::{self, CacheError, ImageBaseline, Loader, PublishedBaseline, TemplateCache},
     observe::{Phase, Run},
 };
@@ -67,6 +67,8 @@ pub struct RestoreOptions<'a> {
     pub parents: Vec<PathBuf>,
     /// How memory comes back.
     pub memory: MemoryLoad,
+    /// How captured disks come back.
+    pub disks: DiskLoad,
     /// Identity and time of the machine.
     pub machine: machine::RestoreOptions,
     /// How it runs.
@@ -160,14 +162,14 @@ pub fn restore(
     let start = Instant::now();
     let opened = Opened::new(path, options)?;
     let mut timings = RestoreTimings { open: start.elapsed(), ..RestoreTimings::default() };
-    let Opened { snapshot, sections, mut config, disks } = opened;
+    let Opened { snapshot, sections, mut config, images } = opened;
 
     let started = Instant::now();
-    let mut made = Made::default();
+    let mut disks = Disks::default();
     let mut new_disks = Vec::new();
     for (disk, record) in config.disks.iter_mut().zip(&snapshot.manifest().machine.disks) {
-        let image = disks.iter().find(|(id, _)| *id == record.id).map(|(_, image)| image);
-        disk.path = place_disk(record, image, options, &mut made)?;
+        let image = images.iter().find(|(id, _)| *id == record.id).map(|(_, image)| image);
+        disk.path = place_disk(record, image, options, &mut disks)?;
         if image.is_some() {
             new_disks.push((record.id.clone(), disk.path.clone()));
         }
@@ -180,13 +182,14 @@ pub fn restore(
 
     let started = Instant::now();
     options.run.observer.begin(&Phase::Machine);
-    let (ours, sections) = (ram.clone(), sections.into_rest());
-    let machine = Machine::restore(config, sections, options.machine, ours, console)?;
+    let contents = Contents { ram: ram.clone(), disks: disks.granules() };
+    let sections = sections.into_rest();
+    let machine = Machine::restore(config, sections, options.machine, contents, console)?;
     if let Some(image) = prefetch {
         let first = working_set(&snapshot);
         machine.attach(Box::new(Loader::start(ram.granules(), &image, &first)?));
     }
-    made.keep();
+    disks.keep(&machine)?;
     timings.machine = started.elapsed();
     timings.total = start.elapsed();
     Ok(Restored {
@@ -213,6 +216,7 @@ impl From<CheckError> for RestoreError {
     fn from(error: CheckError) -> Self {
         match error {
             CheckError::Disk(error) => Self::Disk(error),
+            CheckError::Block(error) => Self::Machine(error.into()),
             CheckError::Format(error) => Self::Format(error),
         }
     }
@@ -224,7 +228,7 @@ struct Opened {
     sections: Sections,
     config: MachineConfig,
     /// Images of the disks that are to be made, by id.
-    disks: Vec<(String, ImageReader)>,
+    images: Vec<(String, Arc<ImageReader>)>,
 }
 
 impl Opened {
@@ -248,17 +252,18 @@ impl Opened {
             return Err(RestoreError::Incompatible(mismatches));
         }
         let sections = Sections::read(&snapshot)?;
-        let mut disks = Vec::new();
+        let mut images = Vec::new();
         for disk in records {
             if disk.storage == DiskStorage::Captured && !options.disk_places.contains_key(&disk.id)
             {
                 if options.disk_dir.is_none() {
                     return Err(RestoreError::NoDiskDir { id: disk.id.clone() });
                 }
-                disks.push((disk.id.clone(), ImageReader::open(&snapshot, &disk.image_name())?));
+                let image = ImageReader::open(&snapshot, &disk.image_name())?;
+                images.push((disk.id.clone(), Arc::new(image)));
             }
         }
-        Ok(Self { snapshot, sections, config, disks })
+        Ok(Self { snapshot, sections, config, images })
     }
 }
 
@@ -328,20 +333,20 @@ fn working_set(snapshot: &Snapshot) -> Vec<u32> {
 /// Makes or checks a disk, and says where it is.
 fn place_disk(
     record: &DiskRecord,
-    image: Option<&ImageReader>,
+    image: Option<&Arc<ImageReader>>,
     options: &RestoreOptions<'_>,
-    made: &mut Made,
+    disks: &mut Disks,
 ) -> Result<PathBuf, RestoreError> {
     options.run.phase(Phase::Disk(record.id.clone()), |control| match (image, &options.disk_dir) {
         (Some(image), Some(dir)) => {
             let path = dir.join(format!("{}.img", record.id));
-            made.make(&record.id, image, &path, control)?;
+            disks.make(&record.id, image, &path, options.disks, control)?;
             Ok(path)
         }
         _ => {
             let place = options.disk_places.get(&record.id);
             let path = place.map_or(Path::new(&record.path), PathBuf::as_path);
-            disks::check(record, path, options.changed_disks, control)?;
+            disks.check(record, path, options.changed_disks, control)?;
             Ok(path.to_owned())
         }
     })

@@ -72,8 +72,8 @@ pub struct SnapshotCreateParams {
     /// squib: end the VM once the snapshot is safe.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stop: bool,
-    /// squib: let the guest go on as soon as its state is saved, while memory is written as it was then. Not
-    /// together with `stop`.
+    /// squib: let the guest go on as soon as its state is saved, while memory and disks are written as they
+    /// were then. Not together with `stop`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
     /// squib: zstd level of the frames.
@@ -85,9 +85,34 @@ pub struct SnapshotCreateParams {
     /// squib: threads that hash and compress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<std::num::NonZeroUsize>,
+    /// squib: where the bytes of disks go. A mode for one disk goes before one for all. Without any, a disk is
+    /// captured if the guest can write to it, else referenced.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk_mode: Vec<DiskModeParam>,
     /// squib: what is synced to the storage before the snapshot is called safe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub durability: Option<Durability>,
+}
+
+/// Where the bytes of a disk, or of all, go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskModeParam {
+    /// Where they go.
+    pub mode: DiskMode,
+    /// The disk's id; without it, all disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_id: Option<String>,
+}
+
+/// Where the bytes of a disk go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskMode {
+    /// Into the snapshot.
+    Capture,
+    /// They stay where they are; a restore checks that they are unchanged.
+    Reference,
 }
 
 /// Firecracker's kinds of snapshots.
@@ -183,6 +208,16 @@ mod tests {
         assert_eq!(params.snapshot_path, PathBuf::from("/s"));
         assert_eq!(params.snapshot_type, Some(SnapshotType::Full));
         assert!(!params.stop && !params.force);
+    }
+
+    #[test]
+    fn disks_have_modes_each_or_all_together() {
+        let body = r#"{"snapshot_path": "/s",
+            "disk_mode": [{"mode": "reference"}, {"mode": "capture", "disk_id": "root"}]}"#;
+        let params: SnapshotCreateParams = serde_json::from_str(body).unwrap();
+        let mode = |mode, id: Option<&str>| DiskModeParam { mode, disk_id: id.map(Into::into) };
+        let expected = [mode(DiskMode::Reference, None), mode(DiskMode::Capture, Some("root"))];
+        assert_eq!(params.disk_mode, expected);
     }
 
     #[test]

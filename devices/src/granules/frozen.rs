@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 use parking_lot::MutexGuard;
 use squib_formats::{digest::Digest, image::Content};
 
-use super::{Aside, Baseline, Freeze, Granules, Slow, Store, Unavailable, WRITABLE};
+use super::{Aside, Baseline, Freeze, Granules, Slow, Store, WRITABLE};
 
 /// The bytes of one moment. Each may be read once; with that, whoever writes need not keep it any longer.
 ///
@@ -135,7 +135,7 @@ impl<S: Store> Frozen<S> {
                 continue;
             }
             if granules.is_absent(granule) {
-                granules.bring(&mut slow, granule, None).map_err(unavailable)?;
+                granules.bring(&mut slow, granule, None)?;
                 continue;
             }
             let Some(freeze) = &slow.freeze else {
@@ -187,8 +187,4 @@ impl<S: Store> Drop for Frozen<S> {
         drop(slow);
         self.granules.changed.notify_all();
     }
-}
-
-fn unavailable(error: Unavailable) -> io::Error {
-    io::Error::other(error)
 }

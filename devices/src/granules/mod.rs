@@ -35,6 +35,7 @@ pub use frozen::Frozen;
 pub const READABLE: u8 = 1;
 /// The granule may be written to: it may have changed since the baseline.
 pub const WRITABLE: u8 = 2;
+const BOTH: u8 = READABLE | WRITABLE;
 
 /// Where the bytes of granules lie. Called for one granule by one thread at a time, but for different
 /// granules by many.
@@ -108,6 +109,8 @@ struct Slow {
     on_failure: Option<Arc<OnFailure>>,
     /// Granules with bytes, in the order in which somebody needed them.
     record: Option<Vec<u64>>,
+    /// Absent granules that an overwrite which failed may have left bytes in.
+    scribbled: HashSet<u64>,
 }
 
 /// A moment that is being read.
@@ -123,6 +126,13 @@ struct Freeze {
     limit: u64,
     /// Writers that had to wait for room.
     throttled: u64,
+}
+
+impl Freeze {
+    /// Whether the granule, `len` bytes long, has not been read in full and is not put aside either.
+    fn needs(&self, granule: u64, len: usize) -> bool {
+        self.taken[granule as usize] as usize != len && !self.aside.contains_key(&granule)
+    }
 }
 
 enum Aside {
@@ -185,7 +195,7 @@ impl<S: Store> Granules<S> {
     /// Waits until the `len` bytes at `offset`, which lie inside, may be read, and with `write` also written.
     #[inline]
     pub fn allow(&self, offset: u64, len: u64, write: bool) -> Result<(), Unavailable> {
-        let need = if write { READABLE | WRITABLE } else { READABLE };
+        let need = if write { BOTH } else { READABLE };
         for granule in self.covering(offset, len) {
             // Acquire: the bytes were put there before the bit was set.
             if self.access[granule as usize].load(Ordering::Acquire) & need != need {
@@ -193,6 +203,34 @@ impl<S: Store> Granules<S> {
             }
         }
         Ok(())
+    }
+
+    /// Runs `write`, which gives all of the `len` bytes at `offset` new ones, once they may be written to. An
+    /// absent granule that lies in the range whole is not brought for that, unless a freeze needs what it
+    /// held; if `write` fails, it is absent as before.
+    pub fn overwrite<R, E: From<Unavailable>>(
+        &self,
+        offset: u64,
+        len: u64,
+        write: impl FnOnce() -> Result<R, E>,
+    ) -> Result<R, E> {
+        let whole = self.inside(offset, len);
+        let mut absent = false;
+        for granule in self.covering(offset, len) {
+            let access = self.access[granule as usize].load(Ordering::Acquire);
+            if access & READABLE == 0 && whole.contains(&granule) {
+                absent = true;
+            } else if access & BOTH != BOTH {
+                self.resolve(granule, BOTH, None)?;
+            }
+        }
+        if !absent {
+            return write();
+        }
+        let mut claim = self.claim(whole)?;
+        let result = write();
+        claim.written = result.is_ok();
+        result
     }
 
     /// Brings `granule` from `origin` if it is absent, without anybody having asked for it.
@@ -237,6 +275,14 @@ impl<S: Store> Granules<S> {
         }
     }
 
+    /// The granules that lie in the range with all their bytes.
+    fn inside(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+        let end = offset + len;
+        let behind = if end == self.size { self.count() } else { end >> self.shift };
+        let first = offset.div_ceil(1 << self.shift);
+        first..behind.max(first)
+    }
+
     /// Where the granule lies, and how long it is.
     fn place(&self, granule: u64) -> (u64, usize) {
         let offset = granule << self.shift;
@@ -252,20 +298,54 @@ impl<S: Store> Granules<S> {
         other: Option<&dyn Origin>,
     ) -> Result<(), Unavailable> {
         let mut slow = self.slow.lock();
-        loop {
-            let access = self.access[granule as usize].load(Ordering::Acquire);
-            if access & need == need {
-                return Ok(());
-            }
-            if slow.busy.contains(&granule) {
-                self.changed.wait(&mut slow);
-            } else if access & READABLE == 0 {
-                self.bring(&mut slow, granule, other)?;
-            } else if self.put_aside(&mut slow, granule)? {
-                self.access[granule as usize].fetch_or(WRITABLE, Ordering::Release);
-                return Ok(());
+        while self.access[granule as usize].load(Ordering::Acquire) & need != need {
+            self.advance(&mut slow, granule, other)?;
+        }
+        Ok(())
+    }
+
+    /// One step of a granule that is not all that is wanted: a wait, to be there, or to be writable.
+    fn advance(
+        &self,
+        slow: &mut MutexGuard<'_, Slow>,
+        granule: u64,
+        other: Option<&dyn Origin>,
+    ) -> Result<(), Unavailable> {
+        if slow.busy.contains(&granule) {
+            self.changed.wait(slow);
+        } else if self.is_absent(granule) {
+            self.bring(slow, granule, other)?;
+        } else if self.put_aside(slow, granule)? {
+            self.access[granule as usize].fetch_or(WRITABLE, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Makes all of `whole`, which are about to be overwritten, writable or busy.
+    ///
+    /// Nobody who keeps a granule busy waits for another, but for those who do this, in ascending order.
+    /// Whoever waits here for room to put bytes aside has made none busy that a reader needs.
+    #[cold]
+    fn claim(&self, whole: std::ops::Range<u64>) -> Result<Claim<'_, S>, Unavailable> {
+        // Before the lock, so that on an error it is dropped after it.
+        let mut claim = Claim { granules: self, claimed: Vec::new(), written: false };
+        let mut slow = self.slow.lock();
+        for granule in whole {
+            let len = self.place(granule).1;
+            while self.access[granule as usize].load(Ordering::Acquire) & BOTH != BOTH {
+                if let Some(failed) = &slow.failed {
+                    return Err(failed.clone());
+                }
+                let frozen = slow.freeze.as_ref().is_some_and(|freeze| freeze.needs(granule, len));
+                if self.is_absent(granule) && !frozen && slow.busy.insert(granule) {
+                    claim.claimed.push(granule);
+                    break;
+                }
+                self.advance(&mut slow, granule, None)?;
             }
         }
+        drop(slow);
+        Ok(claim)
     }
 
     /// Brings an absent granule that is not busy.
@@ -279,14 +359,19 @@ impl<S: Store> Granules<S> {
             return Err(failed.clone());
         }
         let usual = slow.origin.clone();
-        let offset = self.place(granule).0;
+        let scribbled = slow.scribbled.contains(&granule);
+        let (offset, len) = self.place(granule);
         let mut has_bytes = false;
-        let loaded = self.busy(slow, granule, || match other.or(usual.as_deref()) {
-            Some(origin) => origin.load(granule, &mut |bytes| {
+        let loaded = self.busy(slow, granule, || {
+            let origin = other.or(usual.as_deref()).ok_or("nothing is known of them")?;
+            origin.load(granule, &mut |bytes| {
                 has_bytes = true;
                 self.store.fill(offset, bytes)
-            }),
-            None => Err("nothing is known of them".into()),
+            })?;
+            if scribbled && !has_bytes {
+                self.store.fill(offset, &vec![0; len])?;
+            }
+            Ok::<(), OriginError>(())
         });
         if let Err(why) = loaded {
             return Err(self.fail(slow, offset, &why.to_string()));
@@ -297,6 +382,7 @@ impl<S: Store> Granules<S> {
         {
             record.push(granule);
         }
+        slow.scribbled.remove(&granule);
         self.access[granule as usize].fetch_or(READABLE, Ordering::Release);
         Ok(())
     }
@@ -310,8 +396,7 @@ impl<S: Store> Granules<S> {
     ) -> Result<bool, Unavailable> {
         let (offset, len) = self.place(granule);
         let Some(freeze) = &mut slow.freeze else { return Ok(true) };
-        let all_taken = freeze.taken[granule as usize] as usize == len;
-        if all_taken || freeze.aside.contains_key(&granule) {
+        if !freeze.needs(granule, len) {
             return Ok(true);
         }
         if freeze.aside_bytes > 0 && freeze.aside_bytes + len as u64 > freeze.limit {
@@ -379,6 +464,37 @@ impl<S> Drop for Busy<'_, '_, S> {
     fn drop(&mut self) {
         self.slow.busy.remove(&self.granule);
         self.granules.changed.notify_all();
+    }
+}
+
+/// Absent granules that are being overwritten, which keeps them busy.
+struct Claim<'a, S> {
+    granules: &'a Granules<S>,
+    claimed: Vec<u64>,
+    /// They have their new bytes.
+    written: bool,
+}
+
+impl<S> Drop for Claim<'_, S> {
+    fn drop(&mut self) {
+        let mut slow = self.granules.slow.lock();
+        for granule in &self.claimed {
+            slow.busy.remove(granule);
+            if self.written {
+                slow.scribbled.remove(granule);
+                self.granules.access[*granule as usize].fetch_or(BOTH, Ordering::Release);
+            } else {
+                slow.scribbled.insert(*granule);
+            }
+        }
+        drop(slow);
+        self.granules.changed.notify_all();
+    }
+}
+
+impl From<Unavailable> for io::Error {
+    fn from(error: Unavailable) -> Self {
+        Self::other(error)
     }
 }
 

@@ -255,12 +255,96 @@ fn pieces_of_granules_and_runs_of_them_are_read_likewise() {
     assert_eq!(run[SIZE..], [0; SIZE]);
 }
 
+fn overwrite(granules: &Granules<Memory>, first: usize, count: usize, byte: u8) {
+    let done = granules.overwrite((first * SIZE) as u64, (count * SIZE) as u64, || {
+        (first..first + count).for_each(|at| granules.store().0[at].lock().fill(byte));
+        Ok::<_, Unavailable>(())
+    });
+    done.unwrap();
+}
+
+#[test]
+fn what_is_overwritten_whole_is_not_brought_for_it() {
+    let (granules, numbers) = absent(6);
+    overwrite(&granules, 1, 2, 0x55);
+    assert_eq!(numbers.loads.load(Ordering::SeqCst), 0);
+    assert!((1..3).all(|at| granules.is_changed(at) && !granules.is_absent(at)));
+    // A part of 3 and all of 4: one is brought.
+    let done = granules.overwrite((3 * SIZE + 1) as u64, (2 * SIZE - 1) as u64, || {
+        assert_eq!(granules.store().0[3].lock()[0], number(3));
+        Ok::<_, Unavailable>(())
+    });
+    done.unwrap();
+    assert_eq!(numbers.loads.load(Ordering::SeqCst), 1);
+    granules.allow(0, 6 * SIZE as u64, false).unwrap();
+    assert_eq!(granules.store().0[1].lock()[9], 0x55, "it is not brought afterwards");
+}
+
+#[test]
+fn a_granule_that_is_being_overwritten_is_waited_for() {
+    let (granules, numbers) = absent(1);
+    let inside = Barrier::new(2);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let done = granules.overwrite(0, SIZE as u64, || {
+                inside.wait();
+                thread::sleep(Duration::from_millis(20));
+                granules.store().0[0].lock().fill(0x77);
+                Ok::<_, Unavailable>(())
+            });
+            done.unwrap();
+        });
+        inside.wait();
+        granules.allow(5, 1, false).unwrap();
+        assert_eq!(granules.store().0[0].lock()[5], 0x77);
+    });
+    assert_eq!(numbers.loads.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_moment_keeps_what_is_overwritten_before_it_was_brought() {
+    let (granules, numbers) = absent(4);
+    let frozen = granules.freeze(u64::MAX).unwrap();
+    assert_eq!(read(&frozen, 2), [2; SIZE]);
+    frozen.skip(3 << SHIFT, SIZE);
+    overwrite(&granules, 1, 3, 0xaa);
+    assert_eq!(read(&frozen, 1), [1; SIZE]);
+    assert_eq!(granules.store().0[1].lock()[0], 0xaa);
+    assert_eq!(numbers.loads.load(Ordering::SeqCst), 2, "3 will not be read and is not brought");
+}
+
+#[test]
+fn an_overwrite_that_fails_leaves_absent_granules_absent() {
+    let (granules, numbers) = absent(4);
+    let failed = granules.overwrite(0, 4 * SIZE as u64, || {
+        (0..3).for_each(|at| granules.store().0[at].lock()[..100].fill(0xbb));
+        Err::<(), _>(io::Error::other("the disk is full"))
+    });
+    assert_eq!(failed.unwrap_err().to_string(), "the disk is full");
+    assert!((0..4).all(|at| granules.is_absent(at)));
+    granules.allow(0, 4 * SIZE as u64, false).unwrap();
+    for at in 0..4 {
+        assert_eq!(*granules.store().0[at].lock(), [number(at as u64); SIZE], "{at}");
+    }
+    assert_eq!(numbers.loads.load(Ordering::SeqCst), 4);
+}
+
+#[test]
+fn nothing_absent_is_overwritten_once_something_could_not_be_had() {
+    let (granules, numbers) = absent(3);
+    numbers.broken.store(true, Ordering::SeqCst);
+    granules.allow(0, 1, false).unwrap_err();
+    let refused = granules.overwrite(SIZE as u64, SIZE as u64, || Ok::<_, Unavailable>(()));
+    assert!(refused.is_err());
+    assert!(granules.is_absent(1));
+}
+
 proptest! {
     /// Whatever is read, written, prefetched and frozen, in any order, a moment's bytes are the moment's.
     #[test]
     fn any_order_of_work_reads_the_frozen_moment(
         before in prop::collection::vec((0usize..12, any::<u8>()), 0..12),
-        after in prop::collection::vec((0usize..12, any::<u8>(), 0u8..4), 0..40),
+        after in prop::collection::vec((0usize..12, any::<u8>(), 0u8..5), 0..40),
     ) {
         let (granules, numbers) = absent(12);
         let mut model: Vec<u8> = (0..12).map(number).collect();
@@ -275,6 +359,7 @@ proptest! {
                 0 => write(&granules, granule, byte),
                 1 => granules.allow((granule * SIZE) as u64, 5, false).unwrap(),
                 2 => granules.prefetch(granule as u64, &*numbers).unwrap(),
+                3 => overwrite(&granules, granule, (12 - granule).min(3), byte),
                 _ if read_already[granule] => {}
                 _ => {
                     prop_assert_eq!(read(&frozen, granule), [model[granule]; SIZE]);

@@ -90,8 +90,8 @@ impl Source for ImageSource<'_> {
     }
 }
 
-/// Whether the file system says that there is nothing but a hole in the range.
-fn is_hole(file: &File, offset: u64, len: u64) -> bool {
+/// Whether the file system says that there is nothing but a hole in the range. The file's offset is moved.
+pub fn is_hole(file: &File, offset: u64, len: u64) -> bool {
     match rustix::fs::seek(file, SeekFrom::Data(offset)) {
         Ok(data) => data >= offset + len,
         Err(Errno::NXIO) => true,

@@ -2,20 +2,19 @@
 
 use std::{
     fs::{self, File},
-    io,
     path::Path,
 };
 
+use squib_devices::virtio::block::BlockError;
 use squib_formats::{
     error::FormatError,
-    image::{Index, zero_digest},
     manifest::{DiskRecord, DiskStorage},
     snapshot_dir::Snapshot,
 };
 
 use super::{CheckOptions, Lines, size};
 use crate::{
-    disks::{self, CheckError, DiskError},
+    disks::{self, CheckError, DiskError, data_bytes, free},
     observe::Phase,
 };
 
@@ -109,6 +108,9 @@ impl Lines {
             Err(CheckError::Disk(error @ DiskError::Size { .. })) => {
                 self.differs(what, error, "bring back the disk as it was");
             }
+            Err(CheckError::Block(error @ BlockError::InUse { .. })) => {
+                self.missing(what, error, "end the VM that uses it, or give the restore a copy");
+            }
             Err(error) => self.missing(what, error, "make it readable"),
         }
         Ok(())
@@ -131,20 +133,4 @@ impl Lines {
             }
         }
     }
-}
-
-/// Bytes of an image's chunks that are not zero: what a file made of it takes.
-pub(super) fn data_bytes(index: &Index) -> u64 {
-    let zero = zero_digest(index.chunk_size());
-    let data = index.digests().filter(|digest| *digest != zero).count() as u64;
-    data.saturating_mul(index.chunk_size().into()).min(index.size())
-}
-
-/// Bytes that this user can still write below `dir`.
-fn free(dir: &Path) -> io::Result<u64> {
-    if !fs::metadata(dir)?.is_dir() {
-        return Err(io::ErrorKind::NotADirectory.into());
-    }
-    let stat = rustix::fs::statvfs(dir)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -9,7 +9,7 @@ use std::{io, sync::Arc};
 
 use squib_devices::{
     granules::{Frozen, READABLE, Store},
-    memory::{GuestRam, RamStore},
+    memory::GuestRam,
 };
 use squib_formats::{
     digest::Digest,
@@ -22,17 +22,17 @@ pub(crate) use loader::Loader;
 pub(crate) use origin::ImageOrigin;
 pub use template::{CacheError, Template, TemplateCache, TemplateInfo};
 
-/// The RAM of a moment. What has not changed since its digest was taken is not read where that serves.
-pub(crate) struct RamSource<'a> {
-    frozen: &'a Frozen<RamStore>,
+/// The RAM or disk of a moment. What has not changed since its digest was taken is not read where that serves.
+pub(crate) struct FrozenSource<'a, S: Store> {
+    frozen: &'a Frozen<S>,
     /// What the image is a difference to.
     base: Option<&'a Index>,
     zero: Digest,
 }
 
-impl<'a> RamSource<'a> {
+impl<'a, S: Store> FrozenSource<'a, S> {
     /// For an image that is a difference to `base`, if there is one.
-    pub(crate) fn new(frozen: &'a Frozen<RamStore>, base: Option<&'a Index>) -> Self {
+    pub(crate) fn new(frozen: &'a Frozen<S>, base: Option<&'a Index>) -> Self {
         let granule_size = frozen.granule_size();
         let serves = |base: &&Index| {
             (base.size(), u64::from(base.chunk_size())) == (frozen.size(), granule_size)
@@ -42,7 +42,7 @@ impl<'a> RamSource<'a> {
     }
 }
 
-impl Source for RamSource<'_> {
+impl<S: Store> Source for FrozenSource<'_, S> {
     fn size(&self) -> u64 {
         self.frozen.size()
     }

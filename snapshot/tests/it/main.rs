@@ -3,6 +3,7 @@
 mod captures;
 mod checks;
 mod diffs;
+mod disks;
 mod guest;
 mod manage;
 mod memory;

@@ -21,7 +21,7 @@ use squib_snapshot::{
     ChangedDisks,
     capture::{CaptureOptions, capture},
     observe::{Observer, Phase, Run},
-    restore::{DiskError, MemoryLoad, RestoreError, RestoreOptions, Restored, restore},
+    restore::{DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, Restored, restore},
 };
 use squib_vmm::{
     config::{Deterministic, DiskConfig, MachineConfig},
@@ -240,7 +240,7 @@ fn a_captured_disk_becomes_a_private_sparse_file_and_the_old_one_is_not_needed()
     let (path, _) = snapshot(dir.path());
     let old = digest_file(&dir.path().join("root"), Control::default()).unwrap();
     fs::remove_file(dir.path().join("root")).unwrap();
-    let options = options(dir.path());
+    let options = RestoreOptions { disks: DiskLoad::Eager, ..options(dir.path()) };
     let restored = back(&path, &options).unwrap();
     let new = options.disk_dir.unwrap().join("root.img");
     assert_eq!(restored.disks, [("root".to_owned(), new.clone())]);

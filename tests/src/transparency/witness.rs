@@ -5,6 +5,8 @@ use std::fs::File;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use squib_devices::map::RAM_BASE;
+use squib_formats::image::Control;
+use squib_snapshot::restore::finish_disks;
 use squib_vmm::machine::{Machine, RunUntil};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -96,6 +98,7 @@ fn memory(machine: &Machine) -> Result<Vec<(u64, String)>> {
 }
 
 fn disks(machine: &Machine) -> Result<Vec<(String, String)>> {
+    finish_disks(machine, Control::default())?;
     let digest = |path| -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(File::open(path)?)?;

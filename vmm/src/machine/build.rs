@@ -11,8 +11,8 @@ use parking_lot::{Condvar, Mutex};
 use squib_devices::{
     bus::Bus,
     clock::{Clock, HostClock},
+    granules::Unavailable,
     map::{self, Range},
-    memory::GuestRam,
     vmgenid::VmGenIdState,
 };
 use squib_formats::persist::{self, PersistError, Section, Versioned};
@@ -23,7 +23,9 @@ use super::{
     devices,
     gate::Gate,
     section_name, state_error,
-    types::{ClockPolicy, Identity, MachineError, Outcome, RestoreOptions, TimeState, Timings},
+    types::{
+        ClockPolicy, Contents, Identity, MachineError, Outcome, RestoreOptions, TimeState, Timings,
+    },
     vcpu::{Board, vcpu_thread},
 };
 use crate::{
@@ -42,28 +44,29 @@ const MOST_TICKS: u64 = 1 << 62;
 const NANOS: u128 = 1_000_000_000;
 
 impl Machine {
-    /// All parts of a machine in their reset state, at rest, with `ram` as it is.
+    /// All parts of a machine in their reset state, at rest, with `contents` as they are.
     pub(super) fn assemble(
         config: MachineConfig,
-        ram: GuestRam,
+        contents: Contents,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
         config.validate()?;
-        if ram.size() != config.memory {
-            let (size, expected) = (ram.size(), config.memory);
-            return Err(MachineError::MemorySize { size, expected });
+        let size = contents.ram.size();
+        if size != config.memory {
+            return Err(MachineError::MemorySize { size, expected: config.memory });
         }
-        let vm = hypervisor::create(&config, &ram)?;
-        Self::assemble_on(vm, config, ram, console)
+        let vm = hypervisor::create(&config, &contents.ram)?;
+        Self::assemble_on(vm, config, contents, console)
     }
 
     /// [`assemble`](Self::assemble) on a backend that was made before.
     pub(super) fn assemble_on(
         vm: Arc<dyn Vm>,
         config: MachineConfig,
-        ram: GuestRam,
+        contents: Contents,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
+        let Contents { ram, disks } = contents;
         let counter = vm.counter();
         let clock: Arc<dyn Clock> = match config.deterministic {
             Some(deterministic) => Arc::new(CounterClock {
@@ -80,7 +83,7 @@ impl Machine {
         }
         let output = Output::new(Arc::clone(&timings));
         let host = devices::Host { irq: vm.irq_chip(), ram: &ram, clock: &clock };
-        let built = devices::build(&config, &host, &output, &feed)?;
+        let built = devices::build(&config, &host, disks, &output, &feed)?;
         for (range, part) in &built.parts {
             bus.insert(*range, Arc::clone(&part.device))?;
         }
@@ -90,13 +93,17 @@ impl Machine {
         let gate = Gate::new(config.vcpus, Arc::clone(&psci));
         let unclaimed = Mutex::new(HashSet::new());
         let board = Arc::new(Board { vm, ram: ram.clone(), bus, psci, gate, timings, unclaimed });
-        let end = Arc::downgrade(&board);
         // A device meets it too, and has nobody to tell but the guest, which must not go on.
-        ram.granules().on_failure(move |failure| {
-            if let Some(board) = end.upgrade() {
-                board.gate.end(Outcome::Damaged(failure.clone()));
+        let ends = || {
+            let end = Arc::downgrade(&board);
+            move |failure: &Unavailable| {
+                if let Some(board) = end.upgrade() {
+                    board.gate.end(Outcome::Damaged(failure.clone()));
+                }
             }
-        });
+        };
+        ram.granules().on_failure(ends());
+        built.disks.iter().for_each(|disk| disk.on_failure(ends()));
         let mut machine = Self {
             ram,
             board,

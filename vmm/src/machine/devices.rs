@@ -1,6 +1,6 @@
 //! The devices of a machine, at their places in the memory map.
 
-use std::{fs::File, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use parking_lot::Mutex;
 use squib_devices::{
@@ -13,7 +13,7 @@ use squib_devices::{
     serial::Serial,
     virtio::{
         VirtioDevice,
-        block::{Block, BlockConfig, BlockError, Execution, FileDisk},
+        block::{Block, BlockConfig, DiskGranules, Execution, FileDisk, TrackedDisk},
         mmio::VirtioMmio,
         rng::{Entropy, Rng},
     },
@@ -44,8 +44,8 @@ pub(super) struct Host<'a> {
 /// What was built.
 pub(super) struct Built {
     pub(super) parts: Vec<(Range, Part)>,
-    /// The files behind the disks, in their order.
-    pub(super) disks: Vec<File>,
+    /// The granules of the disks, in their order.
+    pub(super) disks: Vec<Arc<DiskGranules>>,
     pub(super) generation: Arc<Mutex<VmGenId>>,
     pub(super) alarm: Arc<AlarmClock>,
     /// Offers bytes to the serial port, which takes as many as it has room for.
@@ -72,10 +72,11 @@ impl Host<'_> {
     }
 }
 
-/// Builds the devices of `config` in their reset state.
+/// Builds the devices of `config` in their reset state. Disks that are not among `given` are opened.
 pub(super) fn build(
     config: &MachineConfig,
     host: &Host<'_>,
+    mut given: BTreeMap<String, Arc<DiskGranules>>,
     output: &Arc<Output>,
     feed: &Arc<Feed>,
 ) -> Result<Built, MachineError> {
@@ -102,10 +103,16 @@ pub(super) fn build(
             Some(_) => Execution::Inline,
             None => Execution::Worker,
         };
-        let file = FileDisk::open(&disk.path, disk.read_only)?;
-        let handle = file.file();
-        disks.push(handle.map_err(|source| BlockError::Open { path: disk.path.clone(), source })?);
-        let block = Block::with_disk(&settings, Box::new(file), execution, Arc::clone(host.clock))?;
+        let granules = match given.remove(&disk.id) {
+            Some(granules) => granules,
+            None => {
+                let file = FileDisk::open(&disk.path, disk.read_only)?;
+                Arc::new(TrackedDisk::granules_of(&disk.id, file, disk.read_only))
+            }
+        };
+        disks.push(Arc::clone(&granules));
+        let tracked = Box::new(TrackedDisk::new(granules));
+        let block = Block::with_disk(&settings, tracked, execution, Arc::clone(host.clock))?;
         parts.push(host.virtio(slot, &disk.id, block));
     }
     if config.rng {

@@ -32,7 +32,6 @@ mod vcpu;
 
 use std::{
     any::Any,
-    fs::File,
     io::Write,
     sync::Arc,
     thread::JoinHandle,
@@ -45,6 +44,7 @@ use squib_devices::{
     device::MachineDevice,
     granules::Frozen,
     memory::{GuestRam, RamStore},
+    virtio::block::DiskGranules,
     vmgenid::VmGenId,
 };
 use squib_formats::persist::{self, PersistError, Section};
@@ -52,8 +52,8 @@ use squib_formats::persist::{self, PersistError, Section};
 pub use console::ConsoleInput;
 pub use places::{Place, places};
 pub use types::{
-    ClockPolicy, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState, RunUntil,
-    TimeState, Timings,
+    ClockPolicy, Contents, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState,
+    RunUntil, TimeState, Timings,
 };
 
 use self::{alarm::AlarmClock, console::Output, vcpu::Board};
@@ -77,8 +77,8 @@ pub struct Machine {
     ram: GuestRam,
     board: Arc<Board>,
     devices: Vec<Part>,
-    /// The files behind the disks of `config`, in their order.
-    disks: Vec<File>,
+    /// The granules of the disks of `config`, in their order.
+    disks: Vec<Arc<DiskGranules>>,
     generation: Arc<Mutex<VmGenId>>,
     alarm: Arc<AlarmClock>,
     counter: Arc<dyn SystemCounter>,
@@ -127,7 +127,7 @@ impl Machine {
         config.validate()?;
         let ram = GuestRam::new(config.memory)
             .map_err(|source| MachineError::Memory { size: config.memory, source })?;
-        let machine = Self::assemble(config, ram, console)?;
+        let machine = Self::assemble(config, ram.into(), console)?;
         let entry = boot::load(&machine.config, &machine.ram)?;
         if entry.page_size == boot::PageSize::Kib64 {
             let backend = machine.config.backend;
@@ -138,17 +138,17 @@ impl Machine {
         Ok(machine)
     }
 
-    /// A paused machine that goes on where `sections` were saved, with the memory of that moment as `ram`,
-    /// whose bytes may still be on their way. Every section must have its place and every place its section.
+    /// A paused machine that goes on where `sections` were saved, with memory and disks of that moment as
+    /// `contents`, whose bytes may still be on their way. Every section must have its place and every place its section.
     /// What the guest will see of its CPUs, [`hypervisor::identity`](crate::hypervisor::identity) says before.
     pub fn restore(
         config: MachineConfig,
         sections: Vec<Section>,
         options: RestoreOptions,
-        ram: GuestRam,
+        contents: impl Into<Contents>,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
-        let machine = Self::assemble(config, ram, console)?;
+        let machine = Self::assemble(config, contents.into(), console)?;
         let sections = machine.sort(sections)?;
         machine.take_over(sections, options)?;
         Ok(machine)
@@ -312,9 +312,11 @@ impl Machine {
         &self.ram
     }
 
-    /// The file behind the disk of that id, for positioned reads while the machine is paused. It is the one
+    /// What is there of the disk of that id and what has changed. Its store is the file
     /// that was opened and locked, whatever lies at its path now.
-    pub fn disk_file(&self, id: &str) -> Option<&File> {
+    ///
+    /// It may be frozen only while the machine is paused and [held](Self::hold).
+    pub fn disk_granules(&self, id: &str) -> Option<&Arc<DiskGranules>> {
         let at = self.config.disks.iter().position(|disk| disk.id == id)?;
         self.disks.get(at)
     }

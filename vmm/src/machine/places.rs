@@ -68,7 +68,8 @@ mod tests {
         let config =
             MachineConfig { memory: 64 << 20, vcpus: 3, ..MachineConfig::new("vm", "/boot/Image") };
         let ram = GuestRam::new(config.memory).unwrap();
-        let machine = Machine::assemble(config.clone(), ram, Box::new(std::io::sink())).unwrap();
+        let machine =
+            Machine::assemble(config.clone(), ram.into(), Box::new(std::io::sink())).unwrap();
         let sections = machine.save().unwrap();
         let places = places(&config);
         let names: Vec<_> = places.iter().map(|p| (p.kind, &*p.instance, p.version)).collect();

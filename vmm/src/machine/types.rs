@@ -1,14 +1,19 @@
 //! What a machine is told and what it answers.
 
 use std::{
+    collections::BTreeMap,
     fmt,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 use squib_devices::{
-    bus::BusOverlap, device::PauseError, granules::Unavailable, virtio::block::BlockError,
+    bus::BusOverlap,
+    device::PauseError,
+    granules::Unavailable,
+    memory::GuestRam,
+    virtio::block::{BlockError, DiskGranules},
 };
 use squib_formats::{first_version, persist::PersistError};
 
@@ -108,6 +113,22 @@ pub struct RestoreOptions {
     pub identity: Identity,
     /// What time it is.
     pub clock: ClockPolicy,
+}
+
+/// What a restored machine's memory and disks hold.
+pub struct Contents {
+    /// Its memory.
+    pub ram: GuestRam,
+    /// Disks by id, open and locked. Those of the configuration that are not among them are opened at their
+    /// paths.
+    pub disks: BTreeMap<String, Arc<DiskGranules>>,
+}
+
+impl From<GuestRam> for Contents {
+    /// Memory, and disks that are opened at their paths.
+    fn from(ram: GuestRam) -> Self {
+        Self { ram, disks: BTreeMap::new() }
+    }
 }
 
 /// When things first happened.

@@ -8,7 +8,7 @@ use squib_snapshot::{
     ChangedDisks, FormatError, TemplateCache,
     observe::Run,
     restore::{
-        DiskError, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
+        DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
         restore as bring_back,
     },
     working_set::{Recorded, record},
@@ -105,6 +105,11 @@ fn options<'a>(
             false => ChangedDisks::Refuse,
         },
         parents: args.parents.clone(),
+        // What is to stay is whole before the guest runs, whatever becomes of this process.
+        disks: match (args.mode, &args.disk_dir) {
+            (ModeArg::Eager, _) | (_, Some(_)) => DiskLoad::Eager,
+            (ModeArg::Lazy | ModeArg::Template, None) => DiskLoad::Lazy,
+        },
         memory: match args.mode {
             ModeArg::Lazy if args.record => MemoryLoad::Record,
             ModeArg::Eager | ModeArg::Template if args.record => {

@@ -11,9 +11,11 @@ use std::{
 };
 
 use rustix::fs::FlockOperation;
+use squib_formats::image::{Content, is_hole};
 use vm_memory::VolatileSlice;
 
 use super::{BlockError, SECTOR_SIZE};
+use crate::granules::Store;
 
 /// A backing store. Offsets and lengths are in bytes, and inside [`size`](Self::size).
 pub trait Disk: Send {
@@ -85,10 +87,9 @@ impl FileDisk {
         Ok(Self { file, size })
     }
 
-    /// Another descriptor of the file that was opened and locked, for positioned reads by whoever
-    /// captures the disk. While it is open, the lock stays.
-    pub fn file(&self) -> io::Result<File> {
-        self.file.try_clone()
+    /// The file that was opened and locked.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Writes zeros, where the file system knows no better way.
@@ -151,6 +152,21 @@ impl Disk for FileDisk {
             Err(error) if unsupported(&error) => self.plain_zeroes(offset, len),
             result => result,
         }
+    }
+}
+
+/// The same bytes for those who do not move them to or from guest memory. Holes are found and not read.
+impl Store for FileDisk {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+        if is_hole(&self.file, offset, into.len() as u64) {
+            return Ok(Content::Zero);
+        }
+        self.file.read_exact_at(into, offset)?;
+        Ok(Content::Data)
+    }
+
+    fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
     }
 }
 

@@ -5,6 +5,7 @@ mod engine;
 mod request;
 #[cfg(test)]
 mod tests;
+mod tracked;
 mod worker;
 
 use std::{
@@ -23,6 +24,7 @@ use squib_formats::persist::{PersistError, Versioned};
 pub use disk::{Disk, FileDisk};
 use engine::BlockEngine;
 pub use state::BlockState;
+pub use tracked::{DiskGranules, GRANULE_SHIFT, TrackedDisk};
 use worker::{NotHome, Runner, Worker};
 
 use super::{DriverLink, VirtioDevice, queue::VirtQueue, state::TransportState};

@@ -22,7 +22,8 @@ fn config(vcpus: u32) -> MachineConfig {
 fn machine_of(vcpus: u32) -> (Arc<FakeVm>, Machine) {
     let (vm, config) = (FakeVm::new(vcpus), config(vcpus));
     let ram = GuestRam::new(config.memory).unwrap();
-    let machine = Machine::assemble_on(vm.clone(), config, ram, Box::new(std::io::sink())).unwrap();
+    let machine =
+        Machine::assemble_on(vm.clone(), config, ram.into(), Box::new(std::io::sink())).unwrap();
     (vm, machine)
 }
 

@@ -2,6 +2,7 @@
 
 mod life;
 mod requests;
+mod tracked;
 
 use std::{
     fs::File,

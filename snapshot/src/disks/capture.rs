@@ -1,0 +1,159 @@
+//! A disk into a snapshot.
+
+use std::{path::Path, sync::Arc};
+
+use squib_devices::{
+    granules::{Baseline, Frozen},
+    virtio::block::{DiskGranules, FileDisk},
+};
+use squib_formats::{
+    digest::Digest,
+    error::FormatError,
+    image::{ImageOptions, ImageReader, WrittenImage},
+    manifest::{DiskRecord, DiskStorage},
+    publish::Staging,
+};
+use squib_vmm::config::DiskConfig;
+
+use super::{DiskError, digest::digest as digest_of};
+use crate::{
+    capture::{DiskMode, Guest, Parent, write},
+    memory::{FrozenSource, PublishedBaseline},
+    observe::{Phase, Run},
+};
+
+/// A disk that is to go into a snapshot.
+pub(crate) struct Disk<'a> {
+    config: &'a DiskConfig,
+    path: String,
+    mode: DiskMode,
+    granules: Arc<DiskGranules>,
+}
+
+impl<'a> Disk<'a> {
+    pub(crate) fn open(
+        guest: &dyn Guest,
+        config: &'a DiskConfig,
+        mode: Option<DiskMode>,
+    ) -> Result<Self, DiskError> {
+        let mode = mode.unwrap_or(match config.read_only {
+            true => DiskMode::Reference,
+            false => DiskMode::Capture,
+        });
+        // A restore may begin in another directory.
+        let path = std::path::absolute(&config.path).map_err(|source| {
+            let (id, path) = (config.id.clone(), config.path.clone());
+            DiskError::Io { id, path, action: "find", source }
+        })?;
+        let path = path
+            .into_os_string()
+            .into_string()
+            .map_err(|path| DiskError::Path { id: config.id.clone(), path: path.into() })?;
+        Ok(Self { config, path, mode, granules: guest.open_disk(config)? })
+    }
+
+    /// Holds the bytes of this moment, in which the guest is at rest; at most `limit` bytes are put aside.
+    pub(crate) fn freeze(self, limit: u64) -> Result<FrozenDisk<'a>, DiskError> {
+        match self.granules.freeze(limit) {
+            Some(frozen) => {
+                Ok(FrozenDisk { disk: self, frozen, digest: Digest([0; 32]), baseline: None })
+            }
+            None => Err(DiskError::Frozen { id: self.config.id.clone() }),
+        }
+    }
+
+    fn image_name(&self) -> String {
+        format!("disk-{}", self.config.id)
+    }
+}
+
+/// A disk at the moment of the capture. The guest may run.
+///
+/// Dropped without [`keep`](Self::keep) it forgets nothing that had changed before.
+pub(crate) struct FrozenDisk<'a> {
+    disk: Disk<'a>,
+    frozen: Frozen<FileDisk>,
+    /// Known once the disk has been taken.
+    digest: Digest,
+    /// What the disk's chunks hold, if the next capture can use it.
+    baseline: Option<Known>,
+}
+
+/// Where the digests of a disk's chunks are.
+enum Known {
+    /// In the image in the snapshot.
+    Image,
+    /// Here.
+    Digests(Arc<dyn Baseline>),
+}
+
+impl FrozenDisk<'_> {
+    /// The disk's id.
+    pub(crate) fn id(&self) -> &str {
+        &self.disk.config.id
+    }
+
+    /// Writes the disk into the snapshot, or digests it where it stays.
+    pub(crate) fn take(
+        &mut self,
+        staging: &mut Staging,
+        parent: Option<&Parent>,
+        options: ImageOptions,
+        run: &Run<'_>,
+    ) -> Result<Option<WrittenImage>, FormatError> {
+        let Self { disk, frozen, digest, baseline } = self;
+        run.phase(Phase::Disk(disk.config.id.clone()), |control| match disk.mode {
+            DiskMode::Capture => {
+                let name = disk.image_name();
+                let base = parent.and_then(|parent| parent.image(&name)).map(ImageReader::index);
+                let source = FrozenSource::new(frozen, base);
+                let image = write(staging, &name, &source, parent, options, control)?;
+                *digest = image.record.digest;
+                if u64::from(image.record.chunk_size) == frozen.granule_size() {
+                    *baseline = Some(Known::Image);
+                }
+                Ok(Some(image))
+            }
+            DiskMode::Reference => {
+                let found = digest_of(&disk.path, frozen, control)?;
+                *digest = found.0;
+                *baseline = found.1.map(Known::Digests);
+                Ok(None)
+            }
+        })
+    }
+
+    /// The disk's record in the manifest, once it has been taken.
+    pub(crate) fn record(&self) -> DiskRecord {
+        let Disk { config, path, mode, granules } = &self.disk;
+        DiskRecord {
+            id: config.id.clone(),
+            path: path.clone(),
+            size: granules.size(),
+            read_only: config.read_only,
+            storage: match mode {
+                DiskMode::Capture => DiskStorage::Captured,
+                DiskMode::Reference => DiskStorage::Reference,
+            },
+            digest: self.digest,
+        }
+    }
+
+    /// How often the guest had to wait where it wrote to the disk.
+    pub(crate) fn throttled(&self) -> u64 {
+        self.frozen.throttled()
+    }
+
+    /// The snapshot `id` is in its place: what is not written to from the moment on need not be digested the
+    /// next time.
+    pub(crate) fn keep(self, snapshot: &Path, id: Digest) {
+        match self.baseline {
+            Some(Known::Digests(digests)) => self.frozen.keep(digests),
+            Some(Known::Image) => {
+                let name = self.disk.image_name();
+                self.frozen.keep(Arc::new(PublishedBaseline::new(snapshot, id, &name)));
+            }
+            None => {}
+        }
+    }
+}

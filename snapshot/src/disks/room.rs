@@ -1,0 +1,58 @@
+//! Whether there is room for disks that are to be made.
+
+use std::{fs, io, path::Path};
+
+use squib_formats::image::{Index, zero_digest};
+
+use super::DiskError;
+
+/// Bytes of an image's chunks that are not zero: what a file made of it takes.
+pub(crate) fn data_bytes(index: &Index) -> u64 {
+    let zero = zero_digest(index.chunk_size());
+    let data = index.digests().filter(|digest| *digest != zero).count() as u64;
+    data.saturating_mul(index.chunk_size().into()).min(index.size())
+}
+
+/// Bytes that this user can still write below `dir`.
+pub(crate) fn free(dir: &Path) -> io::Result<u64> {
+    if !fs::metadata(dir)?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Whether `needed` bytes go into the directory of `path`, which the disk `id` is to become, with `promised`
+/// bytes still to come for other disks. A guest that runs already could only be ended for want of room.
+pub(super) fn check(id: &str, path: &Path, needed: u64, promised: u64) -> Result<(), DiskError> {
+    // If that cannot be told, writing tells.
+    let Some(Ok(free)) = path.parent().map(free) else { return Ok(()) };
+    match free.checked_sub(promised).is_some_and(|left| left >= needed) {
+        true => Ok(()),
+        false => {
+            let (id, path) = (id.to_owned(), path.to_owned());
+            Err(DiskError::NoRoom { id, path, needed: needed.saturating_add(promised), free })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_is_free_is_refused_and_what_others_will_take_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("root.img");
+        let all = free(dir.path()).unwrap();
+        check("root", &path, 0, 0).unwrap();
+        // Others may write to this file system at the same time, but not so much.
+        let error = check("root", &path, all / 2, all).unwrap_err().to_string();
+        assert!(
+            error.starts_with("disk `root`: no room for ") && error.contains(" free"),
+            "{error}"
+        );
+        check("root", &path, u64::MAX, 0).unwrap_err();
+        check("root", &path, u64::MAX, u64::MAX).unwrap_err();
+    }
+}
