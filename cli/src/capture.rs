@@ -79,8 +79,8 @@ impl Observer for Gauge {
         self.set(SnapshotProgress { phase: step_name(step), ..SnapshotProgress::default() });
     }
 
-    fn advanced(&self, step: &Step, done: u64, total: u64, _stored: u64) {
-        self.set(SnapshotProgress { phase: step_name(step), done, total });
+    fn advanced(&self, step: &Step, done: u64, total: u64, stored: u64) {
+        self.set(SnapshotProgress { phase: step_name(step), done, total, stored });
     }
 }
 

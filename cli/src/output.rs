@@ -52,7 +52,7 @@ impl ByteBar {
         let bar = ProgressBar::new(0).with_prefix(what.to_owned());
         bar.set_draw_target(ProgressDrawTarget::stderr());
         let style = ProgressStyle::with_template(
-            "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} ",
+            "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg} {eta} left ",
         );
         bar.set_style(style.expect("a fixed template"));
         Self(bar)
@@ -68,26 +68,32 @@ impl ByteBar {
         self.0.set_prefix(what.to_owned());
     }
 
-    pub(crate) fn set(&self, done: u64, total: u64) {
+    /// `done` of `total` bytes are through, for which `stored` bytes lie on disk.
+    pub(crate) fn set(&self, done: u64, total: u64, stored: u64) {
         self.0.set_length(total);
         self.0.set_position(done);
+        let ratio = match stored {
+            0 => String::new(),
+            _ => format!("1:{:.1}", done as f64 / stored as f64),
+        };
+        self.0.set_message(ratio);
     }
 }
 
 impl Progress for ByteBar {
-    fn advanced(&self, done: u64, total: u64, _stored: u64) {
-        self.set(done, total);
+    fn advanced(&self, done: u64, total: u64, stored: u64) {
+        self.set(done, total, stored);
     }
 }
 
 impl Observer for ByteBar {
     fn begin(&self, phase: &Phase) {
         self.name(&step_name(phase));
-        self.set(0, 0);
+        self.set(0, 0, 0);
     }
 
-    fn advanced(&self, _phase: &Phase, done: u64, total: u64, _stored: u64) {
-        self.set(done, total);
+    fn advanced(&self, _phase: &Phase, done: u64, total: u64, stored: u64) {
+        self.set(done, total, stored);
     }
 }
 

@@ -96,7 +96,7 @@ impl Controlled for Recorder {
     }
 
     fn progress(&self) -> SnapshotProgress {
-        SnapshotProgress { phase: "memory".into(), done: 1, total: 2 }
+        SnapshotProgress { phase: "memory".into(), done: 1, total: 2, stored: 1 }
     }
 
     fn stop(&self) {
@@ -213,7 +213,7 @@ fn the_client_gets_a_report_and_stop_follows_the_snapshot() {
     client.set_state(VmState::Paused).unwrap();
     assert_eq!(
         client.progress().unwrap(),
-        SnapshotProgress { phase: "memory".into(), done: 1, total: 2 }
+        SnapshotProgress { phase: "memory".into(), done: 1, total: 2, stored: 1 }
     );
     let params = SnapshotCreateParams {
         snapshot_path: "/s".into(),

@@ -4,6 +4,7 @@
 pub mod console;
 pub mod debian;
 pub mod difftest;
+pub mod hostile;
 pub mod linux;
 pub mod retime;
 pub mod scenario;

@@ -187,6 +187,8 @@ pub struct SnapshotProgress {
     pub done: u64,
     /// All bytes of that; 0 where bytes are not the measure.
     pub total: u64,
+    /// Bytes that lie on the disk for those which are done.
+    pub stored: u64,
 }
 
 /// The body of every error.

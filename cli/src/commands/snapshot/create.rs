@@ -83,7 +83,7 @@ fn request(
             && progress.total > 0
         {
             bar.name(&progress.phase);
-            bar.set(progress.done, progress.total);
+            bar.set(progress.done, progress.total, progress.stored);
         }
     }
 }
