@@ -232,3 +232,29 @@ fn report(path: &Path, captured: &Captured) -> anyhow::Result<SnapshotReport> {
             .collect(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use squib_vmm::config::DiskConfig;
+
+    use super::*;
+
+    #[test]
+    fn a_mode_for_one_disk_goes_before_one_for_all() {
+        let disk = |id: &str| DiskConfig { id: id.into(), path: "/d".into(), read_only: false };
+        let disks = vec![disk("root"), disk("data")];
+        let config = MachineConfig { disks, ..MachineConfig::new("vm", "/boot/Image") };
+        let param = |mode, id: Option<&str>| DiskModeParam { mode, disk_id: id.map(Into::into) };
+        let one = param(types::DiskMode::Capture, Some("root"));
+        let all = param(types::DiskMode::Reference, None);
+        let expected = [("data", DiskMode::Reference), ("root", DiskMode::Capture)];
+        for params in [[one.clone(), all.clone()], [all, one]] {
+            let modes = disk_modes(&config, &params);
+            let modes: Vec<_> = modes.iter().map(|(id, mode)| (&**id, *mode)).collect();
+            assert_eq!(modes, expected);
+        }
+        let unknown = disk_modes(&config, &[param(types::DiskMode::Capture, Some("swap"))]);
+        assert!(unknown.contains_key("swap"), "the capture says that there is none");
+        assert!(disk_modes(&config, &[]).is_empty());
+    }
+}

@@ -29,7 +29,7 @@ pub use crate::disks::{DiskError, DiskLoad, FinishError, finish_disks};
 use crate::{
     compat::{self, Mismatch},
     config,
-    disks::{ChangedDisks, CheckError, Disks},
+    disks::{self, ChangedDisks, CheckError, Disks},
     memory::{self, CacheError, ImageBaseline, Loader, PublishedBaseline, TemplateCache},
     observe::{Phase, Run},
 };
@@ -169,7 +169,7 @@ pub fn restore(
     let mut new_disks = Vec::new();
     for (disk, record) in config.disks.iter_mut().zip(&snapshot.manifest().machine.disks) {
         let image = images.iter().find(|(id, _)| *id == record.id).map(|(_, image)| image);
-        disk.path = place_disk(record, image, options, &mut disks)?;
+        disk.path = place_disk(&snapshot, record, image, options, &mut disks)?;
         if image.is_some() {
             new_disks.push((record.id.clone(), disk.path.clone()));
         }
@@ -332,21 +332,23 @@ fn working_set(snapshot: &Snapshot) -> Vec<u32> {
 
 /// Makes or checks a disk, and says where it is.
 fn place_disk(
+    snapshot: &Snapshot,
     record: &DiskRecord,
     image: Option<&Arc<ImageReader>>,
     options: &RestoreOptions<'_>,
-    disks: &mut Disks,
+    made: &mut Disks,
 ) -> Result<PathBuf, RestoreError> {
     options.run.phase(Phase::Disk(record.id.clone()), |control| match (image, &options.disk_dir) {
         (Some(image), Some(dir)) => {
             let path = dir.join(format!("{}.img", record.id));
-            disks.make(&record.id, image, &path, options.disks, control)?;
+            made.make(&record.id, image, &path, options.disks, control)?;
             Ok(path)
         }
         _ => {
             let place = options.disk_places.get(&record.id);
             let path = place.map_or(Path::new(&record.path), PathBuf::as_path);
-            disks.check(record, path, options.changed_disks, control)?;
+            let chunk_size = disks::chunk_size(snapshot.manifest(), record);
+            made.check(record, path, chunk_size, options.changed_disks, control)?;
             Ok(path.to_owned())
         }
     })

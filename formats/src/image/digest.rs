@@ -39,11 +39,21 @@ pub fn digest_source(
     source: &dyn Source,
     control: Control<'_>,
 ) -> Result<ImageDigest, FormatError> {
-    let layout = Layout { size: source.size(), chunk_size: CHUNK_SIZE };
-    let zero = zero_digest(CHUNK_SIZE);
+    digest_chunks(name, source, CHUNK_SIZE, control)
+}
+
+/// [`digest_source`] in chunks of `chunk_size` bytes, which is a [chunk size](super::is_chunk_size).
+pub fn digest_chunks(
+    name: &str,
+    source: &dyn Source,
+    chunk_size: u32,
+    control: Control<'_>,
+) -> Result<ImageDigest, FormatError> {
+    let layout = Layout { size: source.size(), chunk_size };
+    let zero = zero_digest(chunk_size);
     let mut hasher = ImageHasher::new();
     let mut zeros = 0;
-    let new_worker = || Ok(vec![0; CHUNK_SIZE as usize]);
+    let new_worker = || Ok(vec![0; chunk_size as usize]);
     let digest = |buffer: &mut Vec<u8>, chunk| {
         if let Some(known) = layout.known_digest(source, chunk) {
             return Ok(known);

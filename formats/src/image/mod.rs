@@ -25,7 +25,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-pub use digest::{ImageDigest, digest_file, digest_reader, digest_source};
+pub use digest::{ImageDigest, digest_chunks, digest_file, digest_reader, digest_source};
 pub use index::{Index, RECORD_LEN, Record};
 pub use read::{ChunkReader, ImageReader, Loaded};
 pub use reorder::reorder_image;

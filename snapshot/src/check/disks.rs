@@ -45,7 +45,8 @@ impl Lines {
                 }
                 (_, place) => {
                     let path = place.map_or(Path::new(&record.path), |place| place);
-                    self.outside(&what, record, path, options)?;
+                    let chunk_size = disks::chunk_size(snapshot.manifest(), record);
+                    self.outside(&what, record, (path, chunk_size), options)?;
                 }
             }
         }
@@ -74,12 +75,12 @@ impl Lines {
         }
     }
 
-    /// A disk that lies outside the snapshot.
+    /// A disk that lies outside the snapshot, at a path; its digest is one of chunks of that size.
     fn outside(
         &mut self,
         what: &str,
         record: &DiskRecord,
-        path: &Path,
+        (path, chunk_size): (&Path, u32),
         options: &CheckOptions<'_>,
     ) -> Result<(), FormatError> {
         // The restored machine opens it so.
@@ -92,9 +93,9 @@ impl Lines {
             return Ok(());
         }
         let phase = Phase::Disk(record.id.clone());
-        let checked = options
-            .run
-            .phase(phase, |control| disks::check(record, path, options.changed_disks, control));
+        let checked = options.run.phase(phase, |control| {
+            disks::check(record, path, chunk_size, options.changed_disks, control)
+        });
         let changed = "bring back the disk as it was, or go on at the guest's risk with \
                        --allow-changed-disks";
         match checked {

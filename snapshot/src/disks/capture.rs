@@ -9,7 +9,7 @@ use squib_devices::{
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{ImageOptions, ImageReader, WrittenImage},
+    image::{CHUNK_SIZE, ImageOptions, ImageReader, WrittenImage},
     manifest::{DiskRecord, DiskStorage},
     publish::Staging,
 };
@@ -115,7 +115,7 @@ impl FrozenDisk<'_> {
                 Ok(Some(image))
             }
             DiskMode::Reference => {
-                let found = digest_of(&disk.path, frozen, control)?;
+                let found = digest_of(&disk.path, frozen, CHUNK_SIZE, control)?;
                 *digest = found.0;
                 *baseline = found.1.map(Known::Digests);
                 Ok(None)

@@ -13,27 +13,28 @@ use squib_devices::{
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{CHUNK_SIZE, Content, Control, Source, digest_source, zero_digest},
+    image::{Content, Control, Source, digest_chunks, zero_digest},
 };
 
 use crate::memory::FrozenSource;
 
-/// The image digest of the moment, and the digests of its granules if those are the chunks that it is made of.
-/// `name` stands in errors.
+/// The image digest of the moment in chunks of `chunk_size` bytes, and the digests of its granules if those are
+/// the chunks. `name` stands in errors.
 pub(super) fn digest(
     name: &str,
     frozen: &Frozen<FileDisk>,
+    chunk_size: u32,
     control: Control<'_>,
 ) -> Result<(Digest, Option<Arc<dyn Baseline>>), FormatError> {
     let source = FrozenSource::new(frozen, None);
-    if frozen.granule_size() != u64::from(CHUNK_SIZE) {
-        return Ok((digest_source(name, &source, control)?.digest, None));
+    if frozen.granule_size() != u64::from(chunk_size) {
+        return Ok((digest_chunks(name, &source, chunk_size, control)?.digest, None));
     }
     let count = frozen.size().div_ceil(frozen.granule_size());
     let digests = (0..count).map(|_| OnceLock::new()).collect();
     let collector =
-        Collector { source, frozen, digests: Digests(digests), zero: zero_digest(CHUNK_SIZE) };
-    let digest = digest_source(name, &collector, control)?.digest;
+        Collector { source, frozen, digests: Digests(digests), zero: zero_digest(chunk_size) };
+    let digest = digest_chunks(name, &collector, chunk_size, control)?.digest;
     Ok((digest, Some(Arc::new(collector.digests))))
 }
 
@@ -56,7 +57,7 @@ struct Collector<'a> {
 impl Collector<'_> {
     /// blake3 of the granule at `offset`, `len` bytes long, continued with zeros.
     fn granule(&self, offset: u64, len: usize) -> io::Result<(Digest, Content, Vec<u8>)> {
-        let mut bytes = vec![0; CHUNK_SIZE as usize];
+        let mut bytes = vec![0; self.frozen.granule_size() as usize];
         let content = self.frozen.read(offset, &mut bytes[..len])?;
         let digest = match content {
             Content::Zero => self.zero,
@@ -67,7 +68,7 @@ impl Collector<'_> {
     }
 
     fn note(&self, offset: u64, digest: Digest) {
-        if let Some(place) = self.digests.0.get((offset / u64::from(CHUNK_SIZE)) as usize) {
+        if let Some(place) = self.digests.0.get((offset / self.frozen.granule_size()) as usize) {
             place.get_or_init(|| digest);
         }
     }

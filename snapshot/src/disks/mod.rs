@@ -19,7 +19,7 @@ use squib_devices::virtio::block::{BlockError, FileDisk};
 use squib_formats::digest::Digest;
 
 pub(crate) use capture::{Disk, FrozenDisk};
-pub(crate) use restore::{CheckError, Disks, check};
+pub(crate) use restore::{CheckError, Disks, check, chunk_size};
 pub use restore::{DiskLoad, FinishError, finish_disks};
 pub(crate) use room::{data_bytes, free};
 

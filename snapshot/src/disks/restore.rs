@@ -13,8 +13,8 @@ use squib_devices::{
 };
 use squib_formats::{
     error::FormatError,
-    image::{Control, ImageReader, Sink},
-    manifest::DiskRecord,
+    image::{CHUNK_SIZE, Control, ImageReader, Sink},
+    manifest::{DiskRecord, DiskStorage, Manifest},
 };
 use squib_vmm::machine::Machine;
 
@@ -78,14 +78,23 @@ pub(crate) enum CheckError {
     Format(#[from] FormatError),
 }
 
+/// The chunk size that the digest of the disk in `record` was taken with.
+pub(crate) fn chunk_size(manifest: &Manifest, record: &DiskRecord) -> u32 {
+    match (record.storage, manifest.image(&record.image_name())) {
+        (DiskStorage::Captured, Ok(image)) => image.chunk_size,
+        _ => CHUNK_SIZE,
+    }
+}
+
 /// Checks that the disk at `path` is still what `record` says, and in nobody's hands who may write to it.
 pub(crate) fn check(
     record: &DiskRecord,
     path: &Path,
+    chunk_size: u32,
     changed: ChangedDisks,
     control: Control<'_>,
 ) -> Result<(), CheckError> {
-    unchanged(record, path, true, changed, control).map(|_| ())
+    unchanged(record, path, true, chunk_size, changed, control).map(|_| ())
 }
 
 /// The disk at `path`, open and locked, which is still what `record` says.
@@ -93,6 +102,7 @@ fn unchanged(
     record: &DiskRecord,
     path: &Path,
     read_only: bool,
+    chunk_size: u32,
     changed: ChangedDisks,
     control: Control<'_>,
 ) -> Result<Arc<DiskGranules>, CheckError> {
@@ -104,7 +114,8 @@ fn unchanged(
     let granules = Arc::new(TrackedDisk::granules_of(id, file, read_only));
     // Nobody else has it yet, so it can be frozen, and nothing is ever put aside.
     let frozen = granules.freeze(0).ok_or_else(|| DiskError::Frozen { id: id.clone() })?;
-    let (found, digests) = digest::digest(&path.display().to_string(), &frozen, control)?;
+    let (found, digests) =
+        digest::digest(&path.display().to_string(), &frozen, chunk_size, control)?;
     if let Some(digests) = digests {
         frozen.keep(digests);
     }
@@ -171,10 +182,11 @@ impl Disks {
         &mut self,
         record: &DiskRecord,
         path: &Path,
+        chunk_size: u32,
         changed: ChangedDisks,
         control: Control<'_>,
     ) -> Result<(), CheckError> {
-        let granules = unchanged(record, path, record.read_only, changed, control)?;
+        let granules = unchanged(record, path, record.read_only, chunk_size, changed, control)?;
         self.granules.insert(record.id.clone(), granules);
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::{
 use parking_lot::Mutex;
 use squib_devices::virtio::block::{Disk, DiskGranules, TrackedDisk};
 use squib_formats::{
-    image::{Control, ImageReader, Record, digest_file},
+    image::{Control, ImageOptions, ImageReader, Record, digest_file},
     manifest::{DiskRecord, DiskStorage},
     snapshot_dir::Snapshot,
 };
@@ -265,12 +265,12 @@ fn a_damaged_chunk_ends_the_machine_that_touches_it_by_name() {
     assert_eq!(read(&machine, 11 * CHUNK, CHUNK), contents()[11 * CHUNK..12 * CHUNK]);
     let error = try_read(&machine, 12 * CHUNK, 512).unwrap_err().to_string();
     assert!(error.contains("disk `root`") && error.contains("disk-root.zst: chunk 12"), "{error}");
-    let Outcome::Crashed(crash) = machine.wait() else { panic!("{:?}", machine.state()) };
-    assert!(crash.why.contains("disk-root.zst: chunk 12"), "{crash}");
+    let Outcome::Damaged(damage) = machine.wait() else { panic!("{:?}", machine.state()) };
+    assert!(damage.why.contains("disk-root.zst: chunk 12"), "{damage}");
     // The thread that brings the rest meets it too.
     let machine = back(dir.path(), &path, DiskLoad::Lazy).machine;
-    let Outcome::Crashed(crash) = machine.wait() else { panic!("{:?}", machine.state()) };
-    assert!(crash.why.contains("disk-root.zst: chunk 12"), "{crash}");
+    let Outcome::Damaged(damage) = machine.wait() else { panic!("{:?}", machine.state()) };
+    assert!(damage.why.contains("disk-root.zst: chunk 12"), "{damage}");
     // And a capture does not store anything else in its place.
     let machine = back(dir.path(), &path, DiskLoad::Demand).machine;
     let again = dir.path().join("again");
@@ -347,6 +347,29 @@ fn a_disk_that_was_checked_at_its_restore_is_not_digested_again() {
     let again = dir.path().join("again");
     take(&machine, &again, None);
     assert_eq!(record(&again, "data").digest, record(&path, "data").digest);
+}
+
+#[test]
+fn a_captured_disk_of_any_chunk_size_is_known_again_where_it_lies() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = machine(dir.path());
+    for chunk_size in [16 << 10, 64 << 10, 256 << 10] {
+        let path = dir.path().join(format!("of-{chunk_size}"));
+        let image = ImageOptions { chunk_size, ..ImageOptions::default() };
+        capture(&guest, &path, &CaptureOptions { image, ..Default::default() }).unwrap();
+        // The first machine has the disk itself.
+        let copy = dir.path().join("copy");
+        fs::copy(dir.path().join("root"), &copy).unwrap();
+        let disk_places = BTreeMap::from([("root".to_owned(), copy)]);
+        let options = RestoreOptions { disk_places, ..RestoreOptions::default() };
+        drop(restore(&path, &options, Box::new(std::io::sink())).unwrap());
+        // And it comes back from chunks of that size.
+        let machine = back(dir.path(), &path, DiskLoad::Demand).machine;
+        write(&machine, 5 * CHUNK, &[1; 4096]);
+        let mut expected = contents();
+        expected[5 * CHUNK..][..4096].fill(1);
+        assert!(read(&machine, 0, SIZE) == expected);
+    }
 }
 
 #[test]
