@@ -73,7 +73,7 @@ pub fn restore(bytes: &[u8]) -> Became {
     for (at, bytes) in &good.memory {
         ram.write_slice(bytes, GuestAddress(*at)).expect("it was read there");
     }
-    let identity = if bytes.len() % 2 == 0 { Identity::Same } else { Identity::Clone };
+    let identity = if bytes.len().is_multiple_of(2) { Identity::Same } else { Identity::Clone };
     let options = RestoreOptions { identity, ..RestoreOptions::default() };
     let sink = Box::new(std::io::sink());
     let machine = match Machine::restore(good.config.clone(), sections, options, ram, sink) {

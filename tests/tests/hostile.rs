@@ -11,15 +11,18 @@ fn a_state_that_nobody_changed_runs() {
 #[test]
 fn every_byte_of_every_section_at_its_least_and_greatest_is_refused_by_name_or_runs() {
     let (mut refused, mut ran) = (0, 0);
-    for (number, (kind, len)) in sections().into_iter().enumerate() {
+    let sections = sections();
+    for (number, (kind, len)) in sections.iter().enumerate() {
         // All of a small section, and a stride through a large one.
-        for at in (0..len).step_by(len.div_ceil(48)) {
+        for at in (0..*len).step_by(len.div_ceil(48)) {
             for value in [0, 0xff] {
                 let [low, high] = (at as u16).to_le_bytes();
                 match restore(&[number as u8, low, high, value]) {
                     Became::Ran => ran += 1,
                     Became::Refused(error) => {
-                        assert!(error.contains(&kind), "{kind} at {at}: {error}");
+                        // Its own, or one that it no longer fits to.
+                        let named = sections.iter().any(|(kind, _)| error.contains(&**kind));
+                        assert!(named, "{kind} at {at}: {error}");
                         refused += 1;
                     }
                 }

@@ -88,10 +88,11 @@ impl Store for RamStore {
 }
 
 impl RamStore {
-    /// Gives the range its pages in one call rather than in a fault a page. It is only a help.
+    /// Gives the range its pages in one call rather than in a fault a page. It is only a help: a range that does
+    /// not begin at a page is refused, and gets its pages as it is written.
     fn populate(&self, offset: u64, len: usize) {
         #[cfg(target_os = "linux")]
-        if offset % 4096 == 0 && len >= 16384 {
+        if len >= 16384 {
             // SAFETY: the range is inside the mapping, as the caller has checked.
             unsafe {
                 let start = self.mapping.as_mut_ptr().add(offset as usize);
