@@ -32,6 +32,17 @@ fn every_byte_of_every_section_at_its_least_and_greatest_is_refused_by_name_or_r
     assert!(refused > 50 && ran > 50, "{refused} refused, {ran} ran");
 }
 
+#[test]
+fn what_fuzzing_has_found_is_refused_or_runs() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/restore");
+    let mut entries = 0;
+    for entry in std::fs::read_dir(corpus).unwrap() {
+        restore(&std::fs::read(entry.unwrap().path()).unwrap());
+        entries += 1;
+    }
+    assert!(entries > 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 

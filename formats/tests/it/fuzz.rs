@@ -110,11 +110,12 @@ fn whole_snapshots() {
 }
 
 #[test]
-fn every_corpus_has_a_target() {
+fn every_target_has_a_corpus() {
+    // There are others, of targets that go further than this crate.
     let names = crate::common::names(&corpus(""));
-    let mut known: Vec<_> = targets::TARGETS.iter().map(|target| target.0.to_owned()).collect();
-    known.sort();
-    assert_eq!(names, known);
+    for (target, _) in targets::TARGETS {
+        assert!(names.iter().any(|name| name == target), "{target} has no corpus");
+    }
 }
 
 /// Puts a first entry or two into each corpus: `cargo test -p squib-formats --test it fuzz -- --ignored`.
