@@ -136,6 +136,11 @@ impl Psci {
         }
     }
 
+    /// Whether `vcpu` is off, and nobody has switched it on since.
+    pub fn is_off(&self, vcpu: u32) -> bool {
+        matches!(self.power.lock()[vcpu as usize], Power::Off)
+    }
+
     /// Makes waiting vCPUs look at `stop` again.
     pub fn interrupt(&self) {
         // Taking the lock orders the change of `stop` against a thread that is about to wait.

@@ -241,6 +241,23 @@ fn a_sleeping_guest_can_be_paused_and_a_deterministic_one_is_idle() {
 }
 
 #[test]
+fn a_deterministic_machine_whose_only_vcpu_is_off_is_idle() {
+    let dir = TempDir::new().unwrap();
+    // PSCI CPU_OFF is 0x8400_0002.
+    let code = [a64::movz_high(0, 0x8400), a64::movk(0, 2), a64::HVC, a64::HANG];
+    let deterministic = Some(Deterministic::default());
+    let config = MachineConfig { deterministic, ..image(dir.path(), &code) };
+    let (machine, _) = boot(&config);
+    assert_eq!(machine.run_until(1000).unwrap(), RunUntil::Idle);
+    // It can be saved, and is still off afterwards.
+    let image = memory(&machine);
+    let sections = machine.save().unwrap();
+    drop(machine);
+    let (restored, _) = restore(&config, sections, &image, Identity::Same);
+    assert_eq!(restored.run_until(2000).unwrap(), RunUntil::Idle);
+}
+
+#[test]
 fn a_deterministic_machine_stops_at_the_exact_count() {
     let dir = TempDir::new().unwrap();
     let (machine, _) = boot(&counting(dir.path()));

@@ -131,6 +131,11 @@ impl Runner<'_> {
 
     /// Waits until the vCPU is on. False if the gate was closed meanwhile.
     fn begin(&self, vcpu: &mut dyn Vcpu) -> Result<bool, HypervisorError> {
+        // With a limit there is one vCPU, and nobody who could switch it on.
+        if self.limit.is_some() && self.board.psci.is_off(self.index) {
+            self.board.gate.stop_here(true);
+            return Ok(false);
+        }
         match self.board.psci.wait_until_on(self.index, self.board.gate.must_park()) {
             Ok(Some((entry, context))) => {
                 vcpu.start(entry, context)?;
