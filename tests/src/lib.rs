@@ -5,6 +5,7 @@ pub mod console;
 pub mod debian;
 pub mod difftest;
 pub mod linux;
+pub mod macho;
 pub mod retime;
 pub mod scenario;
 pub mod tiny;

@@ -45,7 +45,7 @@ struct Numbers {
 }
 
 fn number(granule: u64) -> u8 {
-    if granule % 3 == 0 { 0 } else { granule as u8 }
+    if granule.is_multiple_of(3) { 0 } else { granule as u8 }
 }
 
 impl Origin for Numbers {

@@ -91,7 +91,7 @@ impl RamStore {
     /// Gives the range its pages in one call rather than in a fault a page. It is only a help.
     fn populate(&self, offset: u64, len: usize) {
         #[cfg(target_os = "linux")]
-        if offset % 4096 == 0 && len >= 16384 {
+        if (offset as usize).is_multiple_of(rustix::param::page_size()) && len >= 16384 {
             // SAFETY: the range is inside the mapping, as the caller has checked.
             unsafe {
                 let start = self.mapping.as_mut_ptr().add(offset as usize);

@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustix::fs::FlockOperation;
+use squib_formats::storage;
 use vm_memory::VolatileSlice;
 
 use super::{BlockError, SECTOR_SIZE};
@@ -130,7 +131,7 @@ impl Disk for FileDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        storage::sync_data(&self.file)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -227,7 +228,7 @@ mod sys {
     const BLOCK: u64 = 4096;
 
     pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
-        if offset % BLOCK != 0 || len % BLOCK != 0 {
+        if !offset.is_multiple_of(BLOCK) || !len.is_multiple_of(BLOCK) {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let hole = libc::fpunchhole_t {
