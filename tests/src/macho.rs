@@ -168,10 +168,14 @@ mod tests {
 
     const ARM64: u32 = 0x0100_000c;
 
-    /// macOS 15.2, and a signature.
+    /// macOS 15.2, a signature, and a segment without sections.
     fn commands(library: &str) -> Vec<Vec<u8>> {
         let version = words(&[0x32, 24, 1, 0x000f_0200, 0x000f_0200, 0]);
-        vec![version, words(&[0x1d, 16, 0, 0]), dylib(library)]
+        let mut segment = vec![0; 18];
+        segment[..2].copy_from_slice(&[0x19, 72]);
+        // Address and size.
+        segment[6..9].copy_from_slice(&[0x4000, 1, 0x4000]);
+        vec![version, words(&[0x1d, 16, 0, 0]), words(&segment), dylib(library)]
     }
 
     #[test]
@@ -181,8 +185,6 @@ mod tests {
         assert_eq!(binary.hypervisor(), ["hv_vm_create"]);
         assert_eq!(binary.least_macos, Some((15, 2)));
         assert!(binary.signed);
-        // There is no segment whose address could be wrong.
-        let binary = Binary { page: 0x4000, ..binary };
         assert_eq!(binary.faults(), [""; 0]);
     }
 
