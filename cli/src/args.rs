@@ -34,6 +34,8 @@ pub(crate) enum Command {
     /// List the running VMs.
     #[command(visible_alias = "ls")]
     Ps(PsArgs),
+    /// Say what of this machine squib can use, what is missing, and what to do about it.
+    Doctor(DoctorArgs),
 }
 
 #[derive(Debug, Args)]
@@ -454,6 +456,13 @@ pub(crate) struct FetchArgs {
     #[arg(long)]
     pub(crate) refresh: bool,
     /// Print the paths as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print the answers as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -9,7 +9,9 @@
 //! ```
 //!
 //! `STATE` is `SQUIB_HOME`, else `squib` below `XDG_STATE_HOME` or `~/.local/state`: disks are too large for
-//! a run-time folder, which often is memory. `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `STATE/run`. A directory whose lock nobody holds is what a dead VM left:
+//! a run-time folder, which often is memory. `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `STATE/run`. macOS has no
+//! run-time folder of a user: below its `TMPDIR` a system service removes what has not been touched for days, and
+//! the path would leave little of the 103 bytes of a socket's. A directory whose lock nobody holds is what a dead VM left:
 //! the next start removes it.
 
 use std::{
@@ -32,6 +34,10 @@ use crate::children::Children;
 
 /// Room for a path in `sockaddr_un`, its closing zero byte not counted.
 const SOCKET_PATH_MAX: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
+/// Name of the control socket.
+const SOCKET: &str = "api.sock";
+/// Length of what [`listen`] puts beside the socket for a moment: `.PID/s`.
+const STAGE_MAX: usize = ".4194304/s".len();
 /// How often the lock of a name is tried: another start may hold it for the moment that it takes to
 /// clean up.
 const LOCK_TRIES: u32 = 20;
@@ -138,6 +144,12 @@ pub struct Home {
 impl Home {
     /// The folder that the environment names; made, if it is not there, with mode 0700.
     pub fn open() -> Result<Self, HomeError> {
+        let (run, state) = Self::folders()?;
+        Self::at(&run, &state)
+    }
+
+    /// The folders `run` and `state` that the environment names, whether they are there or not.
+    pub fn folders() -> Result<(PathBuf, PathBuf), HomeError> {
         let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let state = var("SQUIB_HOME")
             .or_else(|| var("XDG_STATE_HOME").map(|dir| dir.join("squib")))
@@ -147,7 +159,7 @@ impl Home {
             Some(dir) if var("SQUIB_HOME").is_none() => dir.join("squib"),
             _ => state.join("run"),
         };
-        Self::at(&run, &state)
+        Ok((run, state))
     }
 
     /// The folders `run` and `state`.
@@ -161,6 +173,12 @@ impl Home {
             private_dir(dir)?;
         }
         Ok(home)
+    }
+
+    /// Length of the longest name whose control socket has a path that the system takes in any case.
+    pub fn longest_name(&self) -> usize {
+        let around = self.vms.as_os_str().len() + "//".len() + SOCKET.len().max(STAGE_MAX);
+        SOCKET_PATH_MAX.saturating_sub(around).min(NAME_MAX)
     }
 
     /// Below which restored disks lie, unless the user wants them elsewhere.
@@ -265,7 +283,7 @@ pub struct VmDir {
 impl VmDir {
     /// Where the control socket belongs unless the user wants it elsewhere.
     pub fn socket(&self) -> PathBuf {
-        self.dir.join("api.sock")
+        self.dir.join(SOCKET)
     }
 
     /// A new directory for disks that live as long as the VM.
@@ -470,6 +488,21 @@ mod tests {
         assert!(home.running().unwrap().is_empty());
         let _vm = home.claim("other").unwrap();
         assert!(!dead.exists() && !disks.exists());
+    }
+
+    #[test]
+    fn the_longest_name_has_a_socket_and_a_longer_one_has_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let pad = (SOCKET_PATH_MAX - 40).saturating_sub(dir.path().as_os_str().len());
+        let run = dir.path().join("x".repeat(pad));
+        let home = Home::at(&run, &dir.path().join("state")).unwrap();
+        let most = home.longest_name();
+        assert!((1..NAME_MAX).contains(&most), "{most}");
+        let vm = home.claim(&"a".repeat(most)).unwrap();
+        listen(&vm.socket()).unwrap();
+        let more = most + STAGE_MAX - SOCKET.len() + 1;
+        let vm = home.claim(&"a".repeat(more)).unwrap();
+        assert!(matches!(listen(&vm.socket()), Err(HomeError::SocketPath { .. })));
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub fn main() -> ExitCode {
         args::Command::Demo(args) => commands::demo::demo(&args),
         args::Command::Kit(command) => commands::kit::kit(command),
         args::Command::Ps(args) => commands::ps::ps(&args),
+        args::Command::Doctor(args) => commands::doctor::doctor(&args),
     };
     // Whatever way a command took out.
     console::restore_terminal();

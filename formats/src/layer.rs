@@ -11,6 +11,8 @@ use std::{
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 
+use crate::storage;
+
 /// The steps of writing a snapshot. What is not overridden is done.
 pub trait Layer: Debug + Send + Sync {
     /// Makes the directory `path`, mode 0700.
@@ -32,12 +34,12 @@ pub trait Layer: Debug + Send + Sync {
 
     /// Waits until the file called `name` is on the storage.
     fn sync(&self, _name: &str, file: &File) -> io::Result<()> {
-        file.sync_all()
+        storage::sync(file)
     }
 
     /// Waits until the directory at `path` is on the storage.
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
+        storage::sync(File::open(path)?)
     }
 
     /// Renames a directory.

@@ -18,5 +18,6 @@ pub mod publish;
 pub mod reorder;
 pub mod sections;
 pub mod snapshot_dir;
+pub mod storage;
 pub mod verify;
 pub mod working_set;

@@ -9,7 +9,6 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, Read},
-    num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -19,7 +18,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Advice, CWD, FlockOperation, Mode, OFlags, RenameFlags},
+    fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags},
     io::Errno,
 };
 
@@ -29,7 +28,7 @@ use crate::{
     header::{self, Header},
     layer::{Layer, Real},
     manifest::{self, FileRecord, Manifest},
-    names,
+    names, storage,
 };
 
 /// Bytes that are gathered before a write; a quarter of that is written as it comes.
@@ -339,14 +338,10 @@ impl StagedFile {
     /// Lets the storage write while there is still more to come, so that the sync at the end has little
     /// left to wait for.
     fn start_writeback(&mut self) {
-        #[cfg(target_os = "linux")]
         if let Some(begun) = self.writeback
-            && let Some(len) = NonZeroU64::new(self.put - begun)
-            && len.get() >= WRITEBACK
+            && self.put - begun >= WRITEBACK
         {
-            // For pages that are dirty this advice begins to write them, without waiting; they stay cached
-            // until that is done. It is no more than advice: what goes wrong is told by the sync.
-            let _ = rustix::fs::fadvise(&self.file, begun, Some(len), Advice::DontNeed);
+            storage::start_writeback(&self.file, begun, self.put - begun);
             self.writeback = Some(self.put);
         }
     }
@@ -423,9 +418,7 @@ fn make_locked(
         }
         // A sweeper may have come between; then the directory is gone or going, and another is made.
         match open_locked(&path) {
-            Ok(Some(dir)) if rustix::fs::fstat(&dir).is_ok_and(|stat| stat.st_nlink > 0) => {
-                return Ok((path, dir));
-            }
+            Ok(Some(dir)) if is_at(&dir, &path) => return Ok((path, dir)),
             Ok(_) | Err(Errno::NOENT) => continue,
             Err(error) => {
                 // Empty; if it cannot be removed either, the next writer sweeps it.
@@ -433,6 +426,17 @@ fn make_locked(
                 return Err(io(error.into()));
             }
         }
+    }
+}
+
+/// Whether the open directory is still the one at `path`. How many links a removed one has is not the same on
+/// all systems.
+fn is_at(dir: &OwnedFd, path: &Path) -> bool {
+    let ours = rustix::fs::fstat(dir);
+    let there = rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW);
+    match (ours, there) {
+        (Ok(ours), Ok(there)) => (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino),
+        _ => false,
     }
 }
 

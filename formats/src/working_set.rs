@@ -36,6 +36,7 @@ use crate::{
     image,
     manifest::{ImageRecord, MEMORY_IMAGE, WORKING_SET_FILE as FILE},
     snapshot_dir::Snapshot,
+    storage,
 };
 
 /// The first eight bytes.
@@ -196,7 +197,7 @@ impl WorkingSet {
         let (name, mut file) = create(dir).map_err(|e| io("create")(e.into()))?;
         let put = (|| {
             file.write_all(&bytes).map_err(io("write"))?;
-            file.sync_all().map_err(io("sync"))?;
+            storage::sync(&file).map_err(io("sync"))?;
             rustix::fs::renameat(dir, &name, dir, FILE)
                 .map_err(|e| io("rename into place")(e.into()))
         })();
@@ -205,7 +206,7 @@ impl WorkingSet {
             let _ = rustix::fs::unlinkat(dir, &name, AtFlags::empty());
         }
         put?;
-        rustix::fs::fsync(dir).map_err(|error| io("sync the place of")(error.into()))
+        storage::sync(dir).map_err(io("sync the place of"))
     }
 }
 

@@ -343,7 +343,7 @@ pub fn capture(
     let started = Instant::now();
     let manifest = Manifest {
         writer: concat!("squib ", env!("CARGO_PKG_VERSION")).to_owned(),
-        host: host(),
+        host: crate::host::name(),
         created,
         parent: parent.map(|parent| parent.snapshot.id()),
         parent_hint: parent.and_then(Parent::hint),
@@ -482,11 +482,4 @@ impl Drop for Paused<'_> {
             tracing::error!("after a failed capture the guest does not go on: {error}");
         }
     }
-}
-
-/// Name, architecture and, where it can be told, build of this host's operating system.
-fn host() -> String {
-    let build = std::fs::read_to_string("/proc/version").unwrap_or_default();
-    let name = format!("{} {} {build}", std::env::consts::OS, std::env::consts::ARCH);
-    name.trim_end().to_owned()
 }

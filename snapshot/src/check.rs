@@ -28,6 +28,7 @@ use squib_vmm::{
 use crate::{
     ChangedDisks, compat, config,
     disks::data_bytes,
+    host::{self, HostMemory},
     observe::{Phase, Run},
 };
 
@@ -355,16 +356,12 @@ impl Lines {
 
 /// What is known of this host's memory, as the end of a sentence.
 fn host_memory() -> String {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let field = |name: &str| -> Option<u64> {
-        let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
-        rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
-    };
-    match (field("MemTotal:"), field("MemAvailable:")) {
-        (Some(total), Some(free)) => {
+    match host::memory() {
+        Some(HostMemory { total, available: Some(free) }) => {
             format!("; this host has {}, {} of it available", size(total), size(free))
         }
-        _ => String::new(),
+        Some(HostMemory { total, available: None }) => format!("; this host has {}", size(total)),
+        None => String::new(),
     }
 }
 

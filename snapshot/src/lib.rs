@@ -15,6 +15,7 @@ mod config;
 pub mod diff;
 mod disks;
 pub mod flatten;
+pub mod host;
 pub mod inspect;
 mod memory;
 pub mod observe;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use serde::Serialize;
-use squib_formats::{digest::Digest, error::FormatError, snapshot_dir::Snapshot};
+use squib_formats::{digest::Digest, error::FormatError, snapshot_dir::Snapshot, storage};
 
 /// A snapshot that needs another one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -230,7 +230,7 @@ fn take_away(path: &Path) -> Result<(), RemoveError> {
     hidden.push(format!(".partial-{}-removed-{count}", std::process::id()));
     let rest = parent.join(hidden);
     fs::rename(path, &rest).map_err(io("rename"))?;
-    File::open(parent).and_then(|dir| dir.sync_all()).map_err(io("sync the place of"))?;
+    File::open(parent).and_then(storage::sync).map_err(io("sync the place of"))?;
     match fs::remove_dir_all(&rest) {
         // Somebody else has swept it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

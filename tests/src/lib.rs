@@ -6,6 +6,7 @@ pub mod debian;
 pub mod difftest;
 pub mod hostile;
 pub mod linux;
+pub mod macho;
 pub mod retime;
 pub mod scenario;
 pub mod tiny;

@@ -14,6 +14,8 @@ mod verify;
 
 use std::time::Instant;
 
+pub(crate) use restore::template_cache;
+
 use crate::{
     args::SnapshotCommand,
     exit::{Code, Result},

@@ -23,11 +23,17 @@ pub(super) struct Apt {
 }
 
 impl Apt {
-    /// Prepares `dir` and loads the package lists.
-    pub(super) fn open(dir: &Path, mirror: Option<&str>) -> Result<Self, KitError> {
+    /// Whether the programs are installed.
+    pub(super) fn check_tools() -> Result<(), KitError> {
         for tool in ["apt-get", "apt-cache", "dpkg-deb"] {
             require(tool, "apt and dpkg, which come with Debian and Ubuntu")?;
         }
+        Ok(())
+    }
+
+    /// Prepares `dir` and loads the package lists.
+    pub(super) fn open(dir: &Path, mirror: Option<&str>) -> Result<Self, KitError> {
+        Self::check_tools()?;
         for sub in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(dir.join(sub)).map_err(|e| KitError::io(&dir.join(sub), e))?;
         }

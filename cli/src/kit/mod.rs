@@ -27,6 +27,7 @@ use std::{
 
 use apt::Apt;
 use rustix::fs::{FlockOperation, flock};
+use squib_formats::storage;
 
 /// The package whose dependency names the newest kernel.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-arm64";
@@ -103,12 +104,22 @@ pub fn abandon() {
     }
 }
 
-/// The user's cache folder for squib: `SQUIB_CACHE`, else `squib` below `XDG_CACHE_HOME` or `~/.cache`.
+/// Whether the programs that a fetch runs are installed.
+pub fn check_tools() -> Result<(), KitError> {
+    Apt::check_tools()?;
+    rootfs::tools().map(drop)
+}
+
+/// Below the home folder. On macOS what lies there is not backed up, nor indexed.
+const CACHE: &str = if cfg!(target_os = "macos") { "Library/Caches/squib" } else { ".cache/squib" };
+
+/// The user's cache folder for squib: `SQUIB_CACHE`, else `squib` below `XDG_CACHE_HOME`, else below `~/.cache`,
+/// or on macOS `~/Library/Caches`.
 pub fn cache_dir() -> Result<PathBuf, KitError> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     var("SQUIB_CACHE")
         .or_else(|| var("XDG_CACHE_HOME").map(|dir| dir.join("squib")))
-        .or_else(|| var("HOME").map(|dir| dir.join(".cache/squib")))
+        .or_else(|| var("HOME").map(|dir| dir.join(CACHE)))
         .ok_or(KitError::NoCacheDir)
 }
 
@@ -350,7 +361,7 @@ fn write(path: &Path, data: &[u8]) -> Result<(), KitError> {
     let write = || {
         let mut file = fs::File::create(path)?;
         file.write_all(data)?;
-        file.sync_all()
+        storage::sync(&file)
     };
     write().map_err(|e| KitError::io(path, e))
 }

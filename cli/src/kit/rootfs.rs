@@ -4,9 +4,11 @@ use std::{
     fs,
     io::Write as _,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
+
+use squib_formats::storage;
 
 use super::{
     KitError,
@@ -37,6 +39,7 @@ const PACKAGES: &[&str] = &[
     "util-linux",
     "xz-utils",
 ];
+
 /// What a user can still put on it.
 const FREE_MIB: u64 = 128;
 
@@ -51,6 +54,11 @@ pub(super) fn recipe() -> String {
     hasher.finalize().to_hex()[..12].to_owned()
 }
 
+/// Where the programs are that make the file system.
+pub(super) fn tools() -> Result<(PathBuf, PathBuf), KitError> {
+    Ok((apt::require("mke2fs", "e2fsprogs")?, apt::require("debugfs", "e2fsprogs")?))
+}
+
 /// Makes the image `target`, in `stage` first. `kit` holds busybox.
 pub(super) fn make(
     apt: &Apt,
@@ -59,8 +67,7 @@ pub(super) fn make(
     kit: &Path,
     progress: &dyn Fn(&str),
 ) -> Result<(), KitError> {
-    let mke2fs = apt::require("mke2fs", "e2fsprogs")?;
-    let debugfs = apt::require("debugfs", "e2fsprogs")?;
+    let (mke2fs, debugfs) = tools()?;
     let packages = apt.closure(PACKAGES)?;
     progress(&format!("downloading {} packages of the root file system", packages.len()));
     let debs = stage.join("root-debs");
@@ -99,7 +106,7 @@ pub(super) fn make(
     );
     apt::output(command).or_else(|_| apt::output(plain))?;
     give_to_root(&debugfs, &root, &image)?;
-    fs::File::open(&image).and_then(|f| f.sync_all()).map_err(|e| KitError::io(&image, e))?;
+    fs::File::open(&image).and_then(storage::sync).map_err(|e| KitError::io(&image, e))?;
     fs::rename(&image, target).map_err(|e| KitError::io(target, e))
 }
 

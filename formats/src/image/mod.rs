@@ -29,7 +29,7 @@ pub use digest::{ImageDigest, digest_chunks, digest_file, digest_reader, digest_
 pub use index::{Index, RECORD_LEN, Record};
 pub use read::{ChunkReader, ImageReader, Loaded};
 pub use reorder::reorder_image;
-pub use source::{FileSource, ImageSource, is_hole};
+pub use source::{FileSource, ImageSource};
 pub use write::{ImageOptions, WrittenImage, write_diff, write_image};
 
 use crate::{digest::Digest, error::FormatError};

@@ -7,9 +7,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use rustix::{fs::SeekFrom, io::Errno};
-
 use super::{ChunkReader, Content, ImageReader, Source};
+use crate::storage::is_hole;
 
 /// A raw file or block device. Holes are found and not read. The file's offset is moved, so the
 /// descriptor must not be shared with a user of the offset.
@@ -87,15 +86,5 @@ impl Source for ImageSource<'_> {
         }
         idle().push(reader);
         Ok(Content::Data)
-    }
-}
-
-/// Whether the file system says that there is nothing but a hole in the range. The file's offset is moved.
-pub fn is_hole(file: &File, offset: u64, len: u64) -> bool {
-    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
-        Ok(data) => data >= offset + len,
-        Err(Errno::NXIO) => true,
-        // The file system does not know; reading tells.
-        Err(_) => false,
     }
 }

@@ -34,6 +34,7 @@ use squib_formats::{
     error::FormatError,
     image::{Control, ImageReader, Sink},
     manifest::ImageRecord,
+    storage,
 };
 
 const MEMORY: &str = "memory";
@@ -298,13 +299,13 @@ impl TemplateCache {
         image.load(&Raw(&file), control)?;
         rustix::fs::fchmod(&file, Mode::RUSR).map_err(failed(&path, "protect"))?;
         // A loss of power must not leave a seal over bytes that never reached the disk.
-        file.sync_all().map_err(|e| failed_io(&path, "sync", e))?;
+        storage::sync(&file).map_err(|e| failed_io(&path, "sync", e))?;
         let stat = rustix::fs::fstat(&file).map_err(failed(&path, "read"))?;
         let path = making.join(SEAL);
         let mut sealed = create(SEAL).map_err(failed(&path, "create"))?;
         sealed
             .write_all(&seal(record, &stat))
-            .and_then(|()| sealed.sync_all())
+            .and_then(|()| storage::sync(&sealed))
             .map_err(|e| failed_io(&path, "write", e))?;
         let place = self.place(record);
         // What stands there is damaged, or `find` would have found it.
@@ -312,7 +313,7 @@ impl TemplateCache {
             remove(&place);
         }
         fs::rename(making, &place).map_err(|e| failed_io(&place, "rename into place", e))?;
-        let synced = File::open(&self.dir).and_then(|dir| dir.sync_all());
+        let synced = File::open(&self.dir).and_then(storage::sync);
         synced.map_err(|e| failed_io(&self.dir, "sync", e))?;
         Ok(Template { file, size: record.size, chunk_size: record.chunk_size })
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use rustix::fs::{Advice, fadvise, statfs, statvfs};
+use rustix::fs::statvfs;
 use squib_formats::{
     image::{Control, ImageReader, Sink},
     manifest::MEMORY_IMAGE,
@@ -51,7 +51,8 @@ pub(super) fn raw_memory(snapshot: &Path, file: &Path) -> Result<u64> {
 
 /// Whether the files of `dir` are in memory anyway.
 pub(super) fn in_memory(dir: &Path) -> Result<bool> {
-    Ok(statfs(dir).with_context(|| dir.display().to_string())?.f_type as u32 == TMPFS_MAGIC)
+    let kind = statfs_kind(dir).with_context(|| dir.display().to_string())?;
+    Ok(kind == Some(TMPFS_MAGIC))
 }
 
 /// Free bytes of the file system of `dir`.
@@ -72,7 +73,7 @@ pub(super) fn drop_cache(dirs: &[&Path]) -> Result<u64> {
             let mut kept = 0;
             // Pages that the kernel is busy with stay the first time.
             for _ in 0..DROPS {
-                fadvise(&file, 0, None, Advice::DontNeed)?;
+                forget_pages(&file)?;
                 kept = if look { cached(path)? } else { 0 };
                 if kept == 0 {
                     break;
@@ -101,6 +102,28 @@ pub(super) fn size(dir: &Path) -> Result<u64> {
         Ok(())
     })?;
     Ok(sum)
+}
+
+/// Lets go of the pages of a file that are written.
+#[cfg(target_os = "linux")]
+fn forget_pages(file: &File) -> io::Result<()> {
+    Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn forget_pages(_: &File) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// The number of the kind of file system, where kinds have numbers that mean something.
+#[cfg(target_os = "linux")]
+fn statfs_kind(dir: &Path) -> io::Result<Option<u32>> {
+    Ok(Some(rustix::fs::statfs(dir)?.f_type as u32))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn statfs_kind(_: &Path) -> io::Result<Option<u32>> {
+    Ok(None)
 }
 
 fn each_file(path: &Path, act: &mut dyn FnMut(&Path) -> io::Result<()>) -> Result<()> {

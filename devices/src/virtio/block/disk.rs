@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::fs::FlockOperation;
-use squib_formats::image::{Content, is_hole};
+use squib_formats::{image::Content, storage};
 use vm_memory::VolatileSlice;
 
 use super::{BlockError, SECTOR_SIZE};
@@ -131,7 +131,7 @@ impl Disk for FileDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        storage::sync_data(&self.file)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -158,7 +158,7 @@ impl Disk for FileDisk {
 /// The same bytes for those who do not move them to or from guest memory. Holes are found and not read.
 impl Store for FileDisk {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
-        if is_hole(&self.file, offset, into.len() as u64) {
+        if storage::is_hole(&self.file, offset, into.len() as u64) {
             return Ok(Content::Zero);
         }
         self.file.read_exact_at(into, offset)?;
@@ -243,7 +243,7 @@ mod sys {
     const BLOCK: u64 = 4096;
 
     pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
-        if offset % BLOCK != 0 || len % BLOCK != 0 {
+        if !offset.is_multiple_of(BLOCK) || !len.is_multiple_of(BLOCK) {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let hole = libc::fpunchhole_t {

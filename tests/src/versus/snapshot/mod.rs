@@ -97,6 +97,10 @@ struct Bench<'a> {
 
 /// Measures, prints, and succeeds if everything worked, whatever came out.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    ensure!(
+        cfg!(target_os = "linux"),
+        "only Linux tells the peak of another process's memory and drops files from the page cache"
+    );
     let kit = fetch(false)?;
     let program = match &args.squib {
         Some(program) => program.clone(),

@@ -1,0 +1,57 @@
+//! `squib doctor` says whether a VM can run, and ends accordingly.
+
+use std::{fs, path::Path, process::Command};
+
+use serde_json::Value;
+
+/// Asks with the two folders, and answers the exit code and the report.
+fn ask(home: &Path, cache: &Path) -> (Option<i32>, Value) {
+    let out = Command::new(env!("CARGO_BIN_EXE_squib"))
+        .args(["doctor", "--json"])
+        .env("SQUIB_HOME", home)
+        .env("SQUIB_CACHE", cache)
+        .output()
+        .unwrap();
+    let report = serde_json::from_slice(&out.stdout).unwrap_or_else(|error| {
+        panic!("{error}\n{}", String::from_utf8_lossy(&out.stderr));
+    });
+    (out.status.code(), report)
+}
+
+fn status<'a>(report: &'a Value, name: &str) -> &'a str {
+    let properties = report["properties"].as_array().unwrap();
+    let found = properties.iter().find(|property| property["name"] == name);
+    found.and_then(|property| property["status"].as_str()).unwrap_or_else(|| panic!("{report:#}"))
+}
+
+#[test]
+fn a_machine_with_its_folders_can_run_a_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let (code, report) = ask(&dir.path().join("home"), &dir.path().join("cache"));
+    assert_eq!((code, &report["can_run"]), (Some(0), &Value::Bool(true)), "{report:#}");
+    for name in ["backend soft", "run folder", "state folder", "cache folder", "templates"] {
+        assert_eq!(status(&report, name), "ok", "{report:#}");
+    }
+    assert_eq!(status(&report, "guest kit"), "note");
+}
+
+#[test]
+fn without_a_place_for_a_vm_none_can_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let (code, report) = ask(&file.join("home"), &dir.path().join("cache"));
+    assert_eq!((code, &report["can_run"]), (Some(1), &Value::Bool(false)), "{report:#}");
+    assert_eq!(status(&report, "run folder"), "missing");
+    assert_eq!(status(&report, "cache folder"), "ok");
+}
+
+#[test]
+fn without_a_cache_a_vm_can_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let (code, report) = ask(&dir.path().join("home"), &file.join("cache"));
+    assert_eq!(code, Some(0), "{report:#}");
+    assert_eq!(status(&report, "cache folder"), "missing");
+}
