@@ -290,7 +290,8 @@ impl Local {
             match exit {
                 Exit::MmioRead { address, size } => {
                     if let Some((frame, offset)) = chip.frame(address) {
-                        cpu.complete_mmio_read(frame.mmio_read(offset, size));
+                        let last = chip.last_bit(address)?;
+                        cpu.complete_mmio_read(frame.mmio_read(offset, size) | last);
                         continue;
                     }
                     return self.abort(at, address, false);

@@ -60,6 +60,17 @@ impl Chip {
         })
     }
 
+    /// GICR_TYPER.Last, if that is what is at `address`: the model has room for more vCPUs than there are.
+    pub(crate) fn last_bit(&self, address: u64) -> Answer<u64> {
+        const TYPER: u64 = 0x8;
+        const LAST: u64 = 1 << 4;
+        vm::with(|vm| {
+            let last = vm.vcpus.values().filter_map(|vcpu| vcpu.index()).max();
+            let is_it = last.is_some_and(|last| address == self.redistributor(last) + TYPER);
+            Ok(if is_it { LAST } else { 0 })
+        })
+    }
+
     /// Lets the lines into vCPU `index` go to `signals`.
     pub(crate) fn connect(&self, index: u32, signals: &Arc<Signals>) {
         let mut lines = self.outputs.0[index as usize].lock();

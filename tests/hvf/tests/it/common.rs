@@ -54,6 +54,7 @@ pub(crate) fn wait(
     let start = Instant::now();
     while !found(&console.text()) {
         if let Some(outcome) = machine.wait_timeout(Duration::from_millis(2)) {
+            machine.drain_console(PATIENCE);
             bail!("{outcome}: {}", console.text());
         }
         if start.elapsed() > PATIENCE {

@@ -70,6 +70,7 @@ fn debian_boots_on_two_vcpus() {
     config.deterministic = None;
     config.backend = BackendKind::Hvf;
     config.vcpus = 2;
+    config.cmdline = config.cmdline.replace("quiet", "") + " earlycon=uart8250,mmio,0xe0a0000 keep_bootcon ignore_loglevel";
     let console = Capture::default();
     let machine = Machine::boot(config, Box::new(console.clone())).unwrap();
     machine.resume().unwrap();
