@@ -5,7 +5,7 @@
 //! from others. System registers go by their architectural encoding, so that every backend speaks the
 //! same [`VcpuState`].
 
-#[cfg(any(target_os = "macos", feature = "hvf"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
 pub mod hvf;
 mod soft;
 mod state;
@@ -29,9 +29,9 @@ pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hyp
         BackendKind::Soft => {
             Ok(Arc::new(SoftVm::new(config.vcpus, ram, config.deterministic.is_some())))
         }
-        #[cfg(any(target_os = "macos", feature = "hvf"))]
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
         BackendKind::Hvf => (hvf_entry()?.create)(config, ram),
-        #[cfg(not(any(target_os = "macos", feature = "hvf")))]
+        #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf")))]
         BackendKind::Hvf => Err(unavailable(BackendKind::Hvf)),
         backend @ BackendKind::Kvm => Err(unavailable(backend)),
     }
@@ -42,15 +42,15 @@ pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hyp
 pub fn identity(config: &MachineConfig) -> Result<CpuIdentity, HypervisorError> {
     match config.backend {
         BackendKind::Soft => Ok(SoftVm::identity()),
-        #[cfg(any(target_os = "macos", feature = "hvf"))]
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
         BackendKind::Hvf => (hvf_entry()?.identity)(),
-        #[cfg(not(any(target_os = "macos", feature = "hvf")))]
+        #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf")))]
         BackendKind::Hvf => Err(unavailable(BackendKind::Hvf)),
         backend @ BackendKind::Kvm => Err(unavailable(backend)),
     }
 }
 
-#[cfg(any(target_os = "macos", feature = "hvf"))]
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
 fn hvf_entry() -> Result<hvf::Entry, HypervisorError> {
     hvf::entry().ok_or_else(|| unavailable(BackendKind::Hvf))
 }
@@ -222,7 +222,7 @@ pub enum HypervisorError {
         why: String,
     },
     /// Hypervisor.framework refuses, or does what this backend cannot go on with.
-    #[cfg(any(target_os = "macos", feature = "hvf"))]
+    #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
     #[error(transparent)]
     Hvf(#[from] hvf::HvfError),
     /// Guest memory cannot be had.

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use crate::common::{PATIENCE, PRINT_EVERY, lines, memory, power_off, rounds, tiny};
+use crate::common::{PATIENCE, PRINT_EVERY, lines, memory, power_off, rounds, tiny, wait};
 use squib_formats::image::Content;
 use squib_hvf_stand_in::Session;
 use squib_snapshot::{
@@ -11,7 +11,7 @@ use squib_snapshot::{
     check::{CheckOptions, check},
     restore::{MemoryLoad, RestoreError, RestoreOptions, Restored, restore},
 };
-use squib_tests::console::Capture;
+use squib_tests::{console::Capture, scenario};
 use squib_vmm::{
     config::BackendKind,
     machine::{self, ClockPolicy, Identity, Machine},
@@ -189,4 +189,34 @@ fn a_snapshot_of_soft_stays_on_soft() {
     let restored = back(&path, &disks, MemoryLoad::Eager, &Capture::default());
     assert_eq!(report.accepted, restored.is_ok());
     assert_eq!(restored.unwrap().machine.config().backend, BackendKind::Soft);
+}
+
+#[test]
+fn debian_goes_on_after_a_restore() {
+    let _session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut config) = scenario::linux(folder.path()).unwrap() else {
+        eprintln!("debian_goes_on_after_a_restore: skipped, the guest kit is not in the cache");
+        return;
+    };
+    config.deterministic = None;
+    config.backend = BackendKind::Hvf;
+    config.vcpus = 2;
+    let console = Capture::default();
+    let machine = Machine::boot(config, Box::new(console.clone())).unwrap();
+    machine.resume().unwrap();
+    wait(&machine, &console, |text| text.contains("/ # ")).unwrap();
+    machine.console_input().send(b"word=kept; while :; do :; done & sleep 0.1\n").unwrap();
+    wait(&machine, &console, |text| text.matches("/ # ").count() > 1).unwrap();
+    let path = folder.path().join("snap");
+    machine.pause(PATIENCE).unwrap();
+    capture(&machine, &path, &options()).unwrap();
+    drop(machine);
+
+    let console = Capture::default();
+    let disks = folder.path().join("disks");
+    let there = back(&path, &disks, MemoryLoad::Lazy, &console).unwrap().machine;
+    there.resume().unwrap();
+    there.console_input().send(b"kill $!; sleep 0.3; echo =$word$(nproc)=\n").unwrap();
+    wait(&there, &console, |text| text.contains("=kept2=")).unwrap();
 }

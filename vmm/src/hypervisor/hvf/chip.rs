@@ -88,9 +88,11 @@ pub(super) struct Lines(pub(super) Arc<Machine>);
 impl IrqChip for Lines {
     fn set_spi(&self, intid: u32, level: bool) {
         let Self(machine) = self;
-        // A device cannot do anything about it, and the guest will miss an interrupt.
-        if let Err(code) = machine.vm.gic_set_spi(intid, level) {
-            tracing::error!("interrupt {intid} cannot be driven to {level}: {code}");
+        let driven = machine.vm.gic_set_spi(intid, level);
+        if let Err(error) = driven.doing(|| format!("driving interrupt {intid} to {level}")) {
+            // A device cannot do anything about it, and the guest must not go on without.
+            machine.lost.lock().get_or_insert(error);
+            machine.idle.ring();
         }
         if level {
             machine.idle.ring();

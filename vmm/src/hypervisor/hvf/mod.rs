@@ -24,6 +24,7 @@ use applevisor::prelude::{
     FeatureReg, GicEnabled, Vcpu as Cpu, VcpuConfig, VirtualMachine, VirtualMachineConfig,
     VirtualMachineInstance,
 };
+use parking_lot::Mutex;
 use squib_devices::{
     device::MachineDevice,
     irq::IrqChip,
@@ -95,6 +96,8 @@ struct Machine {
     counter: Arc<HvfCounter>,
     idle: Idle,
     vcpus: u32,
+    /// Why a device's interrupt was lost: the next run of any vCPU says so and ends the machine.
+    lost: Mutex<Option<HvfError>>,
 }
 
 impl Drop for Machine {
@@ -117,7 +120,8 @@ fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hypervi
     let vm_config = address_space(ram)?;
     let chip = chip::config()?;
     let vm = VirtualMachine::with_gic(vm_config, chip).doing(|| CREATING_VM.to_owned())?;
-    let machine = Machine { vm, stage2, counter, idle: Idle::default(), vcpus: config.vcpus };
+    let (idle, lost) = (Idle::default(), Mutex::default());
+    let machine = Machine { vm, stage2, counter, idle, vcpus: config.vcpus, lost };
     Ok(Arc::new(HvfVm(Arc::new(machine))))
 }
 

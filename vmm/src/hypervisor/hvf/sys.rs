@@ -110,10 +110,14 @@ pub(super) fn host_frequency() -> Option<u64> {
 pub(super) fn prefer_fast_cores() {
     #[cfg(target_os = "macos")]
     {
-        // SAFETY: the call takes no pointers and concerns the calling thread only.
-        let code = unsafe {
-            libc::pthread_set_qos_class_self_np(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE, 0)
-        };
+        /// <sys/qos.h>
+        const QOS_CLASS_USER_INTERACTIVE: u32 = 0x21;
+
+        unsafe extern "C" {
+            safe fn pthread_set_qos_class_self_np(class: u32, relative_priority: i32) -> i32;
+        }
+
+        let code = pthread_set_qos_class_self_np(QOS_CLASS_USER_INTERACTIVE, 0);
         if code != 0 {
             tracing::debug!("the vCPU's thread keeps its quality of service: error {code}");
         }

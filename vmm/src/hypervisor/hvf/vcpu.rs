@@ -250,6 +250,9 @@ impl Vcpu for HvfVcpu {
         self.machine.stage2.begin()?;
         self.set_offset()?;
         loop {
+            if let Some(error) = self.machine.lost.lock().take() {
+                return Err(error.into());
+            }
             if self.kicked.swap(false, Ordering::SeqCst) {
                 return Ok(Exit::Cancelled);
             }
