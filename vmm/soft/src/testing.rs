@@ -1,6 +1,8 @@
 //! Single instructions on a plain register state, for the differential tests.
 
+use crate::mmu::Access;
 use crate::regs::{Regs, SP};
+use crate::shared::Place;
 use crate::simd;
 
 /// What an EL0 program sees of a CPU, without memory and PC.
@@ -74,6 +76,20 @@ impl Repeated {
         for _ in 0..count {
             let function = std::hint::black_box(self.function);
             function(&mut self.regs, self.insn);
+        }
+    }
+}
+
+impl crate::Cpu {
+    /// The instruction at `va` as the vCPU would fetch it now; `None` where it cannot. Called between two
+    /// runs.
+    pub fn instruction_at(&self, va: u64) -> Option<u32> {
+        let pa = self.translate(va, Access::Execute, self.regime).ok()?.pa;
+        match self.shared.ram.place(pa, 4, false) {
+            // SAFETY: the four bytes are in RAM, which may change at any time; they are aligned like `pa`,
+            // and a page is never left.
+            Place::Ram(host) if va.is_multiple_of(4) => Some(unsafe { host.cast::<u32>().read_volatile() }),
+            _ => None,
         }
     }
 }

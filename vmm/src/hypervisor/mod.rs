@@ -5,6 +5,8 @@
 //! from others. System registers go by their architectural encoding, so that every backend speaks the
 //! same [`VcpuState`].
 
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+pub mod hvf;
 mod soft;
 mod state;
 
@@ -27,7 +29,11 @@ pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hyp
         BackendKind::Soft => {
             Ok(Arc::new(SoftVm::new(config.vcpus, ram, config.deterministic.is_some())))
         }
-        backend @ (BackendKind::Hvf | BackendKind::Kvm) => Err(unavailable(backend)),
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+        BackendKind::Hvf => (hvf_entry()?.create)(config, ram),
+        #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf")))]
+        BackendKind::Hvf => Err(unavailable(BackendKind::Hvf)),
+        backend @ BackendKind::Kvm => Err(unavailable(backend)),
     }
 }
 
@@ -36,8 +42,17 @@ pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hyp
 pub fn identity(config: &MachineConfig) -> Result<CpuIdentity, HypervisorError> {
     match config.backend {
         BackendKind::Soft => Ok(SoftVm::identity()),
-        backend @ (BackendKind::Hvf | BackendKind::Kvm) => Err(unavailable(backend)),
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+        BackendKind::Hvf => (hvf_entry()?.identity)(),
+        #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf")))]
+        BackendKind::Hvf => Err(unavailable(BackendKind::Hvf)),
+        backend @ BackendKind::Kvm => Err(unavailable(backend)),
     }
+}
+
+#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+fn hvf_entry() -> Result<hvf::Entry, HypervisorError> {
+    hvf::entry().ok_or_else(|| unavailable(BackendKind::Hvf))
 }
 
 /// One virtual machine of a backend: guest-physical memory, the interrupt chip and the counter.
@@ -206,6 +221,10 @@ pub enum HypervisorError {
         /// What it answered.
         why: String,
     },
+    /// Hypervisor.framework refuses, or does what this backend cannot go on with.
+    #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+    #[error(transparent)]
+    Hvf(#[from] hvf::HvfError),
     /// Guest memory cannot be had.
     #[error(transparent)]
     Memory(#[from] Unavailable),

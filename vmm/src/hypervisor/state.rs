@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use squib_formats::first_version;
 
 /// A vCPU as the guest sees it. Its power state belongs to PSCI, its interrupt controller interface
-/// and pending lines to the interrupt chip, the counter to the machine.
+/// and pending lines to the interrupt chip, the counter to the machine. On hvf the interface's ICC registers
+/// stand here, among the system registers: there only the vCPU's own thread can read them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuState {
     /// X0 to X30.

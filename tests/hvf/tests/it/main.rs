@@ -1,0 +1,8 @@
+//! The hvf backend, unmodified, on the stand-in for its framework.
+#![cfg(not(target_os = "macos"))]
+
+mod common;
+mod faults;
+mod machine;
+mod rules;
+mod snapshots;

@@ -1,0 +1,140 @@
+//! What goes wrong with the framework, and what usually helps.
+
+use applevisor::prelude::HypervisorError as Code;
+
+/// A call into Hypervisor.framework, or what it answered, that a machine cannot go on with.
+#[derive(Debug, thiserror::Error)]
+pub enum HvfError {
+    /// The framework refused a call.
+    #[error("Hypervisor.framework: {doing}: {code}{}", help(*.code, .doing))]
+    Call {
+        /// What was being done, and to which vCPU or address.
+        doing: String,
+        /// What it answered.
+        code: Code,
+    },
+    /// A register cannot be read or set.
+    #[error("Hypervisor.framework: vCPU {vcpu}: {doing} {register}: {code}")]
+    Register {
+        /// The vCPU.
+        vcpu: u32,
+        /// "reading" or "setting".
+        doing: &'static str,
+        /// The register's name.
+        register: String,
+        /// What the framework answered.
+        code: Code,
+    },
+    /// The framework's interrupt controller does not fit the machine.
+    #[error(
+        "the framework's interrupt controller: {what} is {found:#x}, this machine needs {needed:#x}"
+    )]
+    Chip {
+        /// What does not fit.
+        what: &'static str,
+        /// What the framework has.
+        found: u64,
+        /// What the machine has room for.
+        needed: u64,
+    },
+    /// More of something than this host's framework can give.
+    #[error("{wanted} {what} are wanted, this host's framework has at most {most}")]
+    Limit {
+        /// What: "vCPUs", "bits of guest-physical address".
+        what: &'static str,
+        /// How many are needed.
+        wanted: u64,
+        /// How many there are.
+        most: u64,
+    },
+    /// RAM does not lie on the framework's pages.
+    #[error(
+        "RAM at host address {host:#x} or its {size:#x} bytes are not whole pages of {page} bytes"
+    )]
+    Unaligned {
+        /// Host address.
+        host: u64,
+        /// Size in bytes.
+        size: u64,
+        /// The framework's page in bytes.
+        page: u64,
+    },
+    /// The guest accessed a device with an instruction that the CPU does not describe.
+    #[error(
+        "vCPU {vcpu}: the instruction at {pc:#x} accesses {address:#x}, where no RAM is, in a way that cannot be emulated (syndrome {syndrome:#x})"
+    )]
+    NotDescribed {
+        /// The vCPU.
+        vcpu: u32,
+        /// Address of the instruction.
+        pc: u64,
+        /// Guest-physical address.
+        address: u64,
+        /// ESR_EL2.
+        syndrome: u64,
+    },
+    /// The guest executes where no RAM is.
+    #[error("vCPU {vcpu} executes at {pc:#x}, guest-physical {address:#x}, where no RAM is")]
+    NoCode {
+        /// The vCPU.
+        vcpu: u32,
+        /// Address of the instruction.
+        pc: u64,
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// An exit that nothing here expects.
+    #[error(
+        "vCPU {vcpu}: exit {reason} at {pc:#x}, exception class {class:#x}, syndrome {syndrome:#x}"
+    )]
+    Unexpected {
+        /// The vCPU.
+        vcpu: u32,
+        /// The exit's reason.
+        reason: String,
+        /// Address of the instruction.
+        pc: u64,
+        /// ESR_EL2.EC.
+        class: u64,
+        /// ESR_EL2.
+        syndrome: u64,
+    },
+    /// The host does not say how fast its counter is.
+    #[error("the host does not tell the frequency of its counter")]
+    NoFrequency,
+}
+
+/// Says what was being done when the framework refused.
+pub(super) trait Doing<T> {
+    /// `doing` is only asked for when something is wrong.
+    fn doing(self, doing: impl FnOnce() -> String) -> Result<T, HvfError>;
+}
+
+impl<T> Doing<T> for Result<T, Code> {
+    fn doing(self, doing: impl FnOnce() -> String) -> Result<T, HvfError> {
+        self.map_err(|code| HvfError::Call { doing: doing(), code })
+    }
+}
+
+/// What being done makes "denied" or "busy" mean.
+pub(super) const CREATING_VM: &str = "creating the virtual machine";
+pub(super) const SETTING_GIC: &str = "setting the interrupt controller's state";
+
+fn help(code: Code, doing: &str) -> &'static str {
+    match code {
+        Code::Denied if doing == CREATING_VM => {
+            "; the program needs the entitlement com.apple.security.hypervisor, which an ad-hoc signature gives: codesign -s - --entitlements FILE"
+        }
+        Code::Busy if doing == CREATING_VM => {
+            "; there is one virtual machine a process: run another squib for another machine"
+        }
+        Code::Unsupported if doing == CREATING_VM => {
+            "; the host is too old or is itself a virtual machine: macOS 15 on Apple silicon is needed"
+        }
+        _ if doing == SETTING_GIC => {
+            "; the framework takes only states of its own build: was the host updated since the snapshot was made?"
+        }
+        Code::NoResources => "; another program may use up the host's virtual machines or memory",
+        _ => "",
+    }
+}

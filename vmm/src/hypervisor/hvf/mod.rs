@@ -1,0 +1,214 @@
+//! Apple's Hypervisor.framework, with the interrupt controller inside it (macOS 15 and later).
+//!
+//! There is one virtual machine a process. A vCPU is used by the thread that made it, but for
+//! `hv_vcpus_exit`. The framework has no dirty log and no page faults of its own: what a guest may touch is
+//! kept at stage 2, and an access that is not allowed leaves the guest.
+//!
+//! On other systems the framework's symbols stay open. Whoever defines them, as the tests do, calls
+//! [`use_stand_in`]; until then this backend is not available there.
+
+mod chip;
+mod counter;
+mod error;
+mod idle;
+mod registers;
+mod stage2;
+mod state;
+mod syndrome;
+mod sys;
+mod vcpu;
+
+use std::sync::{Arc, OnceLock};
+
+use applevisor::prelude::{
+    FeatureReg, GicEnabled, Vcpu as Cpu, VcpuConfig, VirtualMachine, VirtualMachineConfig,
+    VirtualMachineInstance,
+};
+use parking_lot::Mutex;
+use squib_devices::{
+    device::MachineDevice,
+    irq::IrqChip,
+    map::{self, Range},
+    memory::GuestRam,
+};
+use squib_formats::persist::{PersistError, Section, Versioned};
+
+pub use chip::HvfGicState;
+pub use error::HvfError;
+
+use self::{
+    chip::Lines,
+    counter::HvfCounter,
+    error::{CREATING_VM, Doing},
+    idle::Idle,
+    registers::{FEATURES, PFR1_SME},
+    stage2::Stage2,
+    vcpu::HvfVcpu,
+};
+use super::{CpuIdentity, HypervisorError, SystemCounter, Vcpu, Vm};
+use crate::config::{BackendKind, MachineConfig};
+
+type Create = fn(&MachineConfig, &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError>;
+
+/// What the rest of the program calls. Behind a pointer, so that a program that never says
+/// [`use_stand_in`] needs none of the framework's symbols.
+#[derive(Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) create: Create,
+    pub(super) identity: fn() -> Result<CpuIdentity, HypervisorError>,
+}
+
+const ENTRY: Entry = Entry { create, identity };
+
+static STAND_IN: OnceLock<Entry> = OnceLock::new();
+
+/// Makes the backend available where the operating system does not have the framework, and the program
+/// defines its symbols itself.
+#[cfg(not(target_os = "macos"))]
+pub fn use_stand_in() {
+    STAND_IN.get_or_init(|| ENTRY);
+}
+
+/// The backend, if the framework or a stand-in is there.
+pub(super) fn entry() -> Option<Entry> {
+    if cfg!(target_os = "macos") {
+        Some(*STAND_IN.get_or_init(macos))
+    } else {
+        STAND_IN.get().copied()
+    }
+}
+
+#[cfg(target_os = "macos")]
+fn macos() -> Entry {
+    ENTRY
+}
+
+#[cfg(not(target_os = "macos"))]
+fn macos() -> Entry {
+    unreachable!("asked for on macOS only")
+}
+
+/// What all parts of one machine share. Its virtual machine goes away with the last of them, which is never
+/// before its vCPUs: each of those keeps it.
+struct Machine {
+    vm: VirtualMachineInstance<GicEnabled>,
+    stage2: Stage2,
+    counter: Arc<HvfCounter>,
+    idle: Idle,
+    vcpus: u32,
+    /// Why a device's interrupt was lost: the next run of any vCPU says so and ends the machine.
+    lost: Mutex<Option<HvfError>>,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stage2.end();
+    }
+}
+
+/// A machine on the framework.
+struct HvfVm(Arc<Machine>);
+
+fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError> {
+    let stage2 = Stage2::new(ram)?;
+    let counter = Arc::new(HvfCounter::new(sys::host_frequency().ok_or(HvfError::NoFrequency)?));
+    let most = Cpu::get_max_count().doing(|| "asking for the most vCPUs".to_owned())?;
+    if config.vcpus > most {
+        let (wanted, most) = (config.vcpus.into(), most.into());
+        return Err(HvfError::Limit { what: "vCPUs", wanted, most }.into());
+    }
+    let vm_config = address_space(ram)?;
+    let chip = chip::config()?;
+    let vm = VirtualMachine::with_gic(vm_config, chip).doing(|| CREATING_VM.to_owned())?;
+    let (idle, lost) = (Idle::default(), Mutex::default());
+    let machine = Machine { vm, stage2, counter, idle, vcpus: config.vcpus, lost };
+    Ok(Arc::new(HvfVm(Arc::new(machine))))
+}
+
+/// A configuration with guest-physical addresses wide enough for the end of RAM.
+fn address_space(ram: &GuestRam) -> Result<VirtualMachineConfig, HvfError> {
+    let asking = || "asking for the width of guest-physical addresses".to_owned();
+    let wanted = u64::BITS - (ram.base() + ram.size() - 1).leading_zeros();
+    let mut config = VirtualMachineConfig::new();
+    if wanted > VirtualMachineConfig::get_default_ipa_size().doing(asking)? {
+        let most = VirtualMachineConfig::get_max_ipa_size().doing(asking)?;
+        if wanted > most {
+            let (what, wanted, most) =
+                ("bits of guest-physical address", wanted.into(), most.into());
+            return Err(HvfError::Limit { what, wanted, most });
+        }
+        let setting = || format!("setting {most} bits of guest-physical address");
+        config.set_ipa_size(most).doing(setting)?;
+    }
+    Ok(config)
+}
+
+fn identity() -> Result<CpuIdentity, HypervisorError> {
+    let counter_hz = sys::host_frequency().ok_or(HvfError::NoFrequency)?;
+    let config = VcpuConfig::new();
+    let mut id_registers = Vec::new();
+    for (feature, register) in FEATURES {
+        let value = config.get_feature_reg(feature).doing(|| format!("reading {feature:?}"))?;
+        let hidden = if feature == FeatureReg::ID_AA64PFR1_EL1 { PFR1_SME } else { 0 };
+        id_registers.push((register, value & !hidden));
+    }
+    id_registers.sort_unstable();
+    Ok(CpuIdentity { backend: BackendKind::Hvf, counter_hz, id_registers })
+}
+
+impl Vm for HvfVm {
+    fn identity(&self) -> CpuIdentity {
+        // It was asked for before the machine was made, and the answer is the host's.
+        identity().unwrap_or_else(|error| {
+            tracing::error!("what the guest sees of its CPUs cannot be read: {error}");
+            let counter_hz = self.0.counter.frequency();
+            CpuIdentity { backend: BackendKind::Hvf, counter_hz, id_registers: Vec::new() }
+        })
+    }
+
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, HypervisorError> {
+        if index >= self.0.vcpus {
+            let why = format!("vCPU {index} is none of this machine");
+            return Err(HypervisorError::Call { call: "create_vcpu", why });
+        }
+        Ok(Box::new(HvfVcpu::new(&self.0, index)?))
+    }
+
+    fn irq_chip(&self) -> Arc<dyn IrqChip> {
+        Arc::new(Lines(Arc::clone(&self.0)))
+    }
+
+    /// The framework has them.
+    fn irq_chip_frames(&self) -> Vec<(Range, Arc<dyn MachineDevice>)> {
+        Vec::new()
+    }
+
+    fn irq_chip_kind(&self) -> &'static str {
+        HvfGicState::KIND
+    }
+
+    fn save_irq_chip(&self) -> Result<Section, PersistError> {
+        chip::save(&self.0)
+    }
+
+    fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError> {
+        chip::restore(section)
+    }
+
+    fn write_protect(&self) -> Result<(), HypervisorError> {
+        Ok(self.0.stage2.write_protect()?)
+    }
+
+    fn grant(&self, range: Range, write: bool) -> Result<(), HypervisorError> {
+        Ok(self.0.stage2.grant(range, write)?)
+    }
+
+    fn counter(&self) -> Arc<dyn SystemCounter> {
+        Arc::clone(&self.0.counter) as Arc<dyn SystemCounter>
+    }
+}
+
+/// Where the redistributor of vCPU `index` must lie.
+fn redistributor(index: u32) -> u64 {
+    map::GICR.base + u64::from(index) * map::GICR_STRIDE
+}

@@ -1,0 +1,147 @@
+//! Guest memory at stage 2: what a vCPU may touch without leaving the guest.
+//!
+//! A granule that is absent is not mapped, an unchanged one is mapped without the right to write, a changed
+//! one with all rights. Granules gain rights while vCPUs run, without anybody telling; then the guest's next
+//! access faults and [`Stage2::grant`] hears of it. They lose rights only by [`Stage2::write_protect`].
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use applevisor::memory::PAGE_SIZE;
+use parking_lot::Mutex;
+use squib_devices::{
+    granules::{READABLE, WRITABLE},
+    map::Range,
+    memory::GuestRam,
+};
+
+use super::{
+    error::{Doing, HvfError},
+    sys::{self, Rights},
+};
+
+/// The mappings of RAM.
+pub(super) struct Stage2 {
+    ram: GuestRam,
+    /// Rights of each granule as the framework knows them.
+    mapped: Mutex<Vec<Option<Rights>>>,
+    /// What was there before the first run has been mapped.
+    begun: AtomicBool,
+}
+
+impl Stage2 {
+    /// Nothing is mapped yet: until the first run, rights of granules may change in any way.
+    pub(super) fn new(ram: &GuestRam) -> Result<Self, HvfError> {
+        let (host, size, page) = (ram.host_ptr() as u64, ram.size(), PAGE_SIZE as u64);
+        // The host's page and the framework's are the same on a Mac.
+        let host_page = rustix::param::page_size() as u64;
+        if !host.is_multiple_of(host_page) || !size.is_multiple_of(page) {
+            return Err(HvfError::Unaligned { host, size, page });
+        }
+        let mapped = Mutex::new(vec![None; ram.granules().count() as usize]);
+        Ok(Self { ram: ram.clone(), mapped, begun: AtomicBool::new(false) })
+    }
+
+    /// Whether RAM lies at guest-physical `address`.
+    pub(super) fn is_ram(&self, address: u64) -> bool {
+        address.checked_sub(self.ram.base()).is_some_and(|offset| offset < self.ram.size())
+    }
+
+    /// Before the first run: maps what is there, in as few calls as possible.
+    pub(super) fn begin(&self) -> Result<(), HvfError> {
+        if self.begun.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut mapped = self.mapped.lock();
+        if self.begun.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let (access, _) = self.ram.granules().rights();
+        let wanted: Vec<_> = access
+            .iter()
+            .map(|access| match access.load(Ordering::Acquire) {
+                access if access & READABLE == 0 => None,
+                access if access & WRITABLE == 0 => Some(Rights::ReadExec),
+                _ => Some(Rights::All),
+            })
+            .collect();
+        for (range, rights) in self.runs(&wanted) {
+            if let Some(rights) = rights {
+                self.map(range, rights)?;
+            }
+        }
+        *mapped = wanted;
+        self.begun.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Lets vCPUs use `range`, which is one granule.
+    pub(super) fn grant(&self, range: Range, write: bool) -> Result<(), HvfError> {
+        let granule =
+            ((range.base - self.ram.base()) / self.ram.granules().granule_size()) as usize;
+        let wanted = if write { Rights::All } else { Rights::ReadExec };
+        let mut mapped = self.mapped.lock();
+        match mapped[granule] {
+            None => self.map(range, wanted)?,
+            Some(Rights::ReadExec) if write => protect(range, wanted)?,
+            // Another vCPU met the same fault and was here first.
+            Some(_) => return Ok(()),
+        }
+        mapped[granule] = Some(wanted);
+        Ok(())
+    }
+
+    /// Takes the right to write away from all. EXEC stays, since a guest executes what it has written.
+    pub(super) fn write_protect(&self) -> Result<(), HvfError> {
+        let mut mapped = self.mapped.lock();
+        for (range, rights) in self.runs(&mapped) {
+            if rights == Some(Rights::All) {
+                protect(range, Rights::ReadExec)?;
+            }
+        }
+        mapped.iter_mut().flatten().for_each(|rights| *rights = Rights::ReadExec);
+        Ok(())
+    }
+
+    /// Takes everything out of the guest's address space, before the host memory goes away.
+    pub(super) fn end(&self) {
+        let mut mapped = self.mapped.lock();
+        for (range, rights) in self.runs(&mapped) {
+            if rights.is_some()
+                && let Err(code) = sys::unmap(range.base, range.size)
+            {
+                tracing::warn!("guest memory at {:#x} stays mapped: {code}", range.base);
+            }
+        }
+        mapped.fill(None);
+    }
+
+    fn map(&self, range: Range, rights: Rights) -> Result<(), HvfError> {
+        let offset = (range.base - self.ram.base()) as usize;
+        // SAFETY: the range is inside RAM, which `self.ram` keeps mapped until after `end`; `GuestRam` hands
+        // out no references to its bytes.
+        let result = unsafe {
+            sys::map(self.ram.host_ptr().wrapping_add(offset), range.base, range.size, rights)
+        };
+        result.doing(|| format!("mapping {:#x} bytes of RAM at {:#x}", range.size, range.base))
+    }
+
+    /// Neighbouring granules with equal rights, as ranges of guest-physical addresses.
+    fn runs(&self, rights: &[Option<Rights>]) -> Vec<(Range, Option<Rights>)> {
+        let size = self.ram.granules().granule_size();
+        let mut at = 0;
+        let run = |run: &[Option<Rights>]| {
+            let base = self.ram.base() + at;
+            let end = (at + run.len() as u64 * size).min(self.ram.size());
+            let range = Range { base, size: end - at };
+            at = end;
+            (range, run[0])
+        };
+        rights.chunk_by(|one, next| one == next).map(run).collect()
+    }
+}
+
+fn protect(range: Range, rights: Rights) -> Result<(), HvfError> {
+    let Range { base, size } = range;
+    sys::protect(base, size, rights)
+        .doing(|| format!("protecting {size:#x} bytes of RAM at {base:#x}"))
+}

@@ -1,0 +1,363 @@
+//! One vCPU: running the guest, and what its exits mean.
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use applevisor::prelude::{ExitReason, Reg, SysReg, Vcpu as Cpu, VcpuExit, VcpuHandle};
+use squib_devices::gic::affinity;
+
+use super::{
+    Machine,
+    error::{Doing, HvfError},
+    idle::Seen,
+    redistributor,
+    registers::{PFR1_SME, X},
+    state::{self, Layout, RESET_PSTATE},
+    syndrome::{self, Access, SystemAccess},
+    sys,
+};
+use crate::hypervisor::{Exit, HypervisorError, Kick, SystemCounter, Vcpu, VcpuState};
+
+/// MPIDR_EL1 bit 31, RES1.
+const MPIDR_RES1: u64 = 1 << 31;
+/// CNTV_CTL_EL0: ENABLE and IMASK.
+const TIMER_ENABLE: u64 = 1 << 0;
+const TIMER_MASKED: u64 = 1 << 1;
+const INSTRUCTION: u64 = 4;
+/// SMCCC: NOT_SUPPORTED.
+const NOT_SUPPORTED: u64 = u64::MAX;
+
+/// A vCPU of the framework, on the thread that made it.
+pub(super) struct HvfVcpu {
+    index: u32,
+    // Before `machine`, so that it is gone before the virtual machine may be.
+    cpu: Cpu,
+    machine: Arc<Machine>,
+    kicked: Arc<AtomicBool>,
+    layout: Layout,
+    /// All registers as they were after reset.
+    reset: VcpuState,
+    /// The virtual timer's offset that the framework knows.
+    offset: Option<u64>,
+    /// The load that waits for its value.
+    loading: Option<Access>,
+    seen: Seen,
+    /// Deadline of the virtual timer that has ended a wait already.
+    fired: Option<u64>,
+    /// System registers that were reported.
+    reported: HashSet<u16>,
+}
+
+impl HvfVcpu {
+    pub(super) fn new(machine: &Arc<Machine>, index: u32) -> Result<Self, HvfError> {
+        sys::prefer_fast_cores();
+        let cpu = machine.vm.vcpu_create().doing(|| format!("creating vCPU {index}"))?;
+        // Before anything else: the framework finds the redistributor by it.
+        let mpidr = MPIDR_RES1 | affinity(index);
+        cpu.set_sys_reg(SysReg::MPIDR_EL1, mpidr)
+            .doing(|| format!("setting MPIDR_EL1 of vCPU {index}"))?;
+        let base = cpu
+            .get_redistributor_base()
+            .doing(|| format!("asking for the redistributor of vCPU {index}"))?;
+        if base != redistributor(index) {
+            let (found, needed) = (base, redistributor(index));
+            return Err(HvfError::Chip { what: "a redistributor's address", found, needed });
+        }
+        let features = cpu
+            .get_sys_reg(SysReg::ID_AA64PFR1_EL1)
+            .doing(|| format!("reading ID_AA64PFR1_EL1 of vCPU {index}"))?;
+        if features & PFR1_SME != 0 {
+            cpu.set_sys_reg(SysReg::ID_AA64PFR1_EL1, features & !PFR1_SME)
+                .doing(|| format!("hiding SME from vCPU {index}"))?;
+        }
+        let layout = Layout::new(&cpu, index);
+        let reset = layout.read(&cpu)?;
+        Ok(Self {
+            index,
+            cpu,
+            machine: Arc::clone(machine),
+            kicked: Arc::default(),
+            layout,
+            reset,
+            offset: None,
+            loading: None,
+            seen: Seen::default(),
+            fired: None,
+            reported: HashSet::new(),
+        })
+    }
+
+    fn reg(&self, reg: Reg) -> Result<u64, HvfError> {
+        self.cpu.get_reg(reg).map_err(|code| self.refused("reading", format!("{reg:?}"), code))
+    }
+
+    fn set_reg(&self, reg: Reg, value: u64) -> Result<(), HvfError> {
+        self.cpu
+            .set_reg(reg, value)
+            .map_err(|code| self.refused("setting", format!("{reg:?}"), code))
+    }
+
+    fn refused(
+        &self,
+        doing: &'static str,
+        register: String,
+        code: applevisor::error::HypervisorError,
+    ) -> HvfError {
+        HvfError::Register { vcpu: self.index, doing, register, code }
+    }
+
+    /// X0 to X30, or the zero register.
+    fn general(&self, n: u8) -> Result<u64, HvfError> {
+        X.get(usize::from(n)).map_or(Ok(0), |reg| self.reg(*reg))
+    }
+
+    fn set_general(&self, n: u8, value: u64) -> Result<(), HvfError> {
+        X.get(usize::from(n)).map_or(Ok(()), |reg| self.set_reg(*reg, value))
+    }
+
+    /// Goes on behind the instruction that was carried out here.
+    fn advance(&self) -> Result<(), HvfError> {
+        self.set_reg(Reg::PC, self.reg(Reg::PC)?.wrapping_add(INSTRUCTION))
+    }
+
+    /// Tells the framework what the counter shows. All vCPUs get the same.
+    fn set_offset(&mut self) -> Result<(), HvfError> {
+        let offset = self.machine.counter.offset();
+        if self.offset != Some(offset) {
+            self.cpu
+                .set_vtimer_offset(offset)
+                .doing(|| format!("setting the counter's offset of vCPU {}", self.index))?;
+            self.offset = Some(offset);
+        }
+        Ok(())
+    }
+
+    /// What an exception means; none if the guest can go on.
+    fn exception(&mut self, exit: VcpuExit) -> Result<Option<Exit>, HvfError> {
+        let syndrome = exit.exception.syndrome;
+        let address = exit.exception.physical_address;
+        match syndrome::class(syndrome) {
+            syndrome::WFX => {
+                self.advance()?;
+                Ok(Some(Exit::WaitForInterrupt))
+            }
+            // PC points behind it already.
+            syndrome::HVC => Ok(Some(Exit::Hypercall { imm: syndrome::immediate(syndrome) })),
+            syndrome::SMC => {
+                // There is no EL3 to call.
+                self.set_reg(Reg::X0, NOT_SUPPORTED)?;
+                self.advance()?;
+                Ok(None)
+            }
+            syndrome::SYSTEM => {
+                self.system_access(SystemAccess::of(syndrome))?;
+                Ok(None)
+            }
+            syndrome::INSTRUCTION_ABORT if self.machine.stage2.is_ram(address) => {
+                Ok(Some(Exit::MemoryFault { address, write: false }))
+            }
+            syndrome::INSTRUCTION_ABORT => {
+                let (vcpu, pc) = (self.index, self.reg(Reg::PC)?);
+                Err(HvfError::NoCode { vcpu, pc, address })
+            }
+            syndrome::DATA_ABORT if self.machine.stage2.is_ram(address) => {
+                Ok(Some(Exit::MemoryFault { address, write: syndrome::is_write(syndrome) }))
+            }
+            syndrome::DATA_ABORT => self.device_access(syndrome, address).map(Some),
+            _ => self.unexpected(exit),
+        }
+    }
+
+    fn device_access(&mut self, syndrome: u64, address: u64) -> Result<Exit, HvfError> {
+        let Some(access) = Access::of(syndrome) else {
+            let (vcpu, pc) = (self.index, self.reg(Reg::PC)?);
+            return Err(HvfError::NotDescribed { vcpu, pc, address, syndrome });
+        };
+        let size = access.size;
+        if syndrome::is_write(syndrome) {
+            let value = access.stored(self.general(access.register)?);
+            self.advance()?;
+            return Ok(Exit::MmioWrite { address, size, value });
+        }
+        self.loading = Some(access);
+        Ok(Exit::MmioRead { address, size })
+    }
+
+    /// The register is none that this machine has: it reads as zero and ignores what is written.
+    fn system_access(&mut self, access: SystemAccess) -> Result<(), HvfError> {
+        let SystemAccess { system, register, read } = access;
+        if self.reported.insert(system) {
+            let name = squib_soft::SysReg(system);
+            tracing::debug!(vcpu = self.index, "{name} is trapped: zero when read, else ignored");
+        }
+        if read {
+            self.set_general(register, 0)?;
+        }
+        self.advance()
+    }
+
+    fn unexpected<T>(&self, exit: VcpuExit) -> Result<T, HvfError> {
+        let syndrome = exit.exception.syndrome;
+        Err(HvfError::Unexpected {
+            vcpu: self.index,
+            reason: format!("{:?}", exit.reason),
+            pc: self.reg(Reg::PC)?,
+            class: syndrome::class(syndrome),
+            syndrome,
+        })
+    }
+
+    /// When the virtual timer fires, if it does.
+    fn timer_deadline(&mut self) -> Result<Option<Instant>, HvfError> {
+        let read = |reg| {
+            self.cpu
+                .get_sys_reg(reg)
+                .map_err(|code| self.refused("reading", format!("{reg:?}"), code))
+        };
+        let (control, at) = (read(SysReg::CNTV_CTL_EL0)?, read(SysReg::CNTV_CVAL_EL0)?);
+        if control & (TIMER_ENABLE | TIMER_MASKED) != TIMER_ENABLE {
+            self.fired = None;
+            return Ok(None);
+        }
+        let counter = &self.machine.counter;
+        let left = at.saturating_sub(counter.now());
+        if left == 0 && self.fired.replace(at) == Some(at) {
+            // It has fired, and that did not end the guest's wait: its interrupt is disabled.
+            return Ok(None);
+        }
+        let nanos = u128::from(left) * 1_000_000_000 / u128::from(counter.frequency());
+        let left = Duration::from_nanos(nanos.try_into().unwrap_or(u64::MAX));
+        Ok(Instant::now().checked_add(left))
+    }
+}
+
+impl Vcpu for HvfVcpu {
+    fn kick(&self) -> Arc<dyn Kick> {
+        Arc::new(HvfKick {
+            machine: Arc::clone(&self.machine),
+            handle: self.cpu.get_handle(),
+            kicked: Arc::clone(&self.kicked),
+        })
+    }
+
+    fn run(&mut self, _limit: Option<u64>) -> Result<Exit, HypervisorError> {
+        self.machine.stage2.begin()?;
+        self.set_offset()?;
+        loop {
+            if let Some(error) = self.machine.lost.lock().take() {
+                return Err(error.into());
+            }
+            if self.kicked.swap(false, Ordering::SeqCst) {
+                return Ok(Exit::Cancelled);
+            }
+            let (seen, ran) = self.machine.idle.inside(|| self.cpu.run());
+            self.seen = seen;
+            ran.doing(|| format!("running vCPU {}", self.index))?;
+            let exit = self.cpu.get_exit_info();
+            // The syndrome means something in one case only.
+            match exit.reason {
+                ExitReason::CANCELED => {
+                    self.kicked.store(false, Ordering::SeqCst);
+                    return Ok(Exit::Cancelled);
+                }
+                ExitReason::EXCEPTION => {
+                    if let Some(exit) = self.exception(exit)? {
+                        return Ok(exit);
+                    }
+                }
+                // The framework's interrupt controller has seen the timer too; it was only masked.
+                ExitReason::VTIMER_ACTIVATED => self
+                    .cpu
+                    .set_vtimer_mask(false)
+                    .doing(|| format!("unmasking the timer of vCPU {}", self.index))?,
+                ExitReason::UNKNOWN => return Ok(self.unexpected(exit)?),
+            }
+        }
+    }
+
+    fn complete_read(&mut self, value: u64) -> Result<(), HypervisorError> {
+        if let Some(access) = self.loading.take() {
+            self.set_general(access.register, access.loaded(value))?;
+            self.advance()?;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, block: bool) -> Result<bool, HypervisorError> {
+        let deadline = self.timer_deadline()?;
+        if deadline.is_none() && !block {
+            return Ok(false);
+        }
+        self.machine.idle.wait(self.seen, deadline, &self.kicked);
+        Ok(true)
+    }
+
+    fn x(&mut self, n: u8) -> Result<u64, HypervisorError> {
+        Ok(self.general(n)?)
+    }
+
+    fn set_x(&mut self, n: u8, value: u64) -> Result<(), HypervisorError> {
+        Ok(self.set_general(n, value)?)
+    }
+
+    fn start(&mut self, pc: u64, x0: u64) -> Result<(), HypervisorError> {
+        self.loading = None;
+        self.fired = None;
+        let mut state = VcpuState { pc, pstate: RESET_PSTATE, ..self.reset.clone() };
+        state.x[0] = x0;
+        Ok(self.layout.write(&self.cpu, &state)?)
+    }
+
+    fn pc(&mut self) -> Result<u64, HypervisorError> {
+        Ok(self.reg(Reg::PC)?)
+    }
+
+    /// The framework does not count.
+    fn retired(&mut self) -> Option<u64> {
+        None
+    }
+
+    fn save(&mut self) -> Result<VcpuState, HypervisorError> {
+        Ok(self.layout.read(&self.cpu)?)
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), HypervisorError> {
+        state::check(state, &self.reset)?;
+        let before = self.layout.read(&self.cpu)?;
+        // A timer that is set fires by the counter as the framework knows it then.
+        self.set_offset()?;
+        if let Err(error) = self.layout.write(&self.cpu, state) {
+            if let Err(again) = self.layout.write(&self.cpu, &before) {
+                tracing::warn!("vCPU {} keeps a part of the state: {again}", self.index);
+            }
+            return Err(error.into());
+        }
+        self.loading = None;
+        self.fired = None;
+        Ok(())
+    }
+}
+
+struct HvfKick {
+    machine: Arc<Machine>,
+    handle: VcpuHandle,
+    kicked: Arc<AtomicBool>,
+}
+
+impl Kick for HvfKick {
+    fn kick(&self) {
+        self.kicked.store(true, Ordering::SeqCst);
+        self.machine.idle.wake();
+        if self.handle.is_valid()
+            && let Err(code) = self.machine.vm.vcpus_exit(std::slice::from_ref(&self.handle))
+        {
+            tracing::error!("a vCPU cannot be made to leave the guest: {code}");
+        }
+    }
+}
