@@ -86,9 +86,11 @@ impl crate::Cpu {
     pub fn instruction_at(&self, va: u64) -> Option<u32> {
         let pa = self.translate(va, Access::Execute, self.regime).ok()?.pa;
         match self.shared.ram.place(pa, 4, false) {
-            // SAFETY: the four bytes are in RAM, which may change at any time; they are aligned like `pa`,
-            // and a page is never left.
-            Place::Ram(host) if va.is_multiple_of(4) => Some(unsafe { host.cast::<u32>().read_volatile() }),
+            Place::Ram(host) if va.is_multiple_of(4) => {
+                // SAFETY: the four bytes are in RAM, which may change at any time; they are aligned like
+                // `pa`, and a page is never left.
+                Some(unsafe { host.cast::<u32>().read_volatile() })
+            }
             _ => None,
         }
     }
