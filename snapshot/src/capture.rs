@@ -273,7 +273,7 @@ pub enum CaptureError {
 }
 
 /// Writes a snapshot of `guest` to `output`. The guest is paused for the time that its state, memory and
-/// writable disks are read.
+/// writable disks are read; disks that are all cloned are read after that.
 pub fn capture(
     guest: &dyn Guest,
     output: &Path,
@@ -353,6 +353,13 @@ fn capture_into(
         write(&mut staging, MEMORY_IMAGE, &source, parent, options.image, control)
     })?;
     timings.memory = started.elapsed();
+    if options.after == After::GoOn
+        && disks.iter().all(FrozenDisk::is_safe)
+        && let Some(paused) = paused.take()
+    {
+        timings.downtime = paused.go_on()?;
+        disks.iter().for_each(FrozenDisk::let_go);
+    }
 
     let started = Instant::now();
     let (mut images, mut captured) = (vec![memory.record.clone()], Vec::new());

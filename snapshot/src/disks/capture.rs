@@ -131,6 +131,11 @@ impl FrozenDisk<'_> {
         &self.disk.config.id
     }
 
+    /// Whether the guest may run without anything being put aside or lost.
+    pub(crate) fn is_safe(&self) -> bool {
+        self.clone.is_some() || self.disk.config.read_only
+    }
+
     /// Lets the guest write without keeping what it writes over, if there is a clone that keeps it.
     pub(crate) fn let_go(&self) {
         if self.clone.is_none() {

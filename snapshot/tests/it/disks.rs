@@ -29,10 +29,10 @@ use squib_vmm::{
 };
 use vm_memory::VolatileSlice;
 
-const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 /// The last chunk is a short one.
-const SIZE: usize = 32 * CHUNK + 4096;
-const COUNT: u64 = 33;
+pub(crate) const SIZE: usize = 32 * CHUNK + 4096;
+pub(crate) const COUNT: u64 = 33;
 
 /// An arm64 Image that does nothing for ever.
 fn kernel() -> Vec<u8> {
@@ -47,14 +47,14 @@ fn kernel() -> Vec<u8> {
 }
 
 /// Every chunk is another one, but for some that are zeros.
-fn contents() -> Vec<u8> {
+pub(crate) fn contents() -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..SIZE).map(|at| (at / 4096 * 31 + at % 251) as u8).collect();
     bytes.chunks_mut(CHUNK).skip(1).step_by(4).for_each(|chunk| chunk.fill(0));
     bytes
 }
 
 /// A deterministic machine with the disks `root`, which the guest can write to, and `data`.
-fn machine(dir: &Path) -> Machine {
+pub(crate) fn machine(dir: &Path) -> Machine {
     fs::write(dir.join("Image"), kernel()).unwrap();
     let disk = |id: &str, read_only: bool| {
         let path = dir.join(id);
@@ -70,7 +70,7 @@ fn machine(dir: &Path) -> Machine {
     Machine::boot(config, Box::new(std::io::sink())).unwrap()
 }
 
-fn back(dir: &Path, path: &Path, disks: DiskLoad) -> Restored {
+pub(crate) fn back(dir: &Path, path: &Path, disks: DiskLoad) -> Restored {
     let disk_dir = tempfile::tempdir_in(dir).unwrap().keep();
     let options = RestoreOptions {
         disk_dir: Some(disk_dir),
@@ -85,18 +85,18 @@ fn granules<'a>(machine: &'a Machine, id: &str) -> &'a Arc<DiskGranules> {
     machine.disk_granules(id).unwrap()
 }
 
-fn absent(machine: &Machine) -> u64 {
+pub(crate) fn absent(machine: &Machine) -> u64 {
     let granules = granules(machine, "root");
     (0..granules.count()).filter(|granule| granules.is_absent(*granule)).count() as u64
 }
 
-fn changed(machine: &Machine, id: &str) -> Vec<u64> {
+pub(crate) fn changed(machine: &Machine, id: &str) -> Vec<u64> {
     let granules = granules(machine, id);
     (0..granules.count()).filter(|granule| granules.is_changed(*granule)).collect()
 }
 
 /// What a request of the guest's does.
-fn write(machine: &Machine, at: usize, bytes: &[u8]) {
+pub(crate) fn write(machine: &Machine, at: usize, bytes: &[u8]) {
     let disk = TrackedDisk::new(granules(machine, "root").clone());
     disk.write_at(at as u64, &[VolatileSlice::from(&mut bytes.to_vec()[..])]).unwrap();
 }
@@ -108,7 +108,7 @@ fn try_read(machine: &Machine, at: usize, len: usize) -> std::io::Result<Vec<u8>
     Ok(bytes)
 }
 
-fn read(machine: &Machine, at: usize, len: usize) -> Vec<u8> {
+pub(crate) fn read(machine: &Machine, at: usize, len: usize) -> Vec<u8> {
     try_read(machine, at, len).unwrap()
 }
 
@@ -121,7 +121,7 @@ fn take(machine: &Machine, path: &Path, parent: Option<&Path>) -> Captured {
 }
 
 /// The bytes of the captured disk in the snapshot at `path`.
-fn captured_bytes(path: &Path) -> Vec<u8> {
+pub(crate) fn captured_bytes(path: &Path) -> Vec<u8> {
     let snapshot = Snapshot::open_chain(path, &[]).unwrap();
     let image = ImageReader::open(&snapshot, "disk-root").unwrap();
     let mut reader = image.chunks(0).unwrap();
@@ -148,7 +148,7 @@ fn record(path: &Path, id: &str) -> DiskRecord {
     disks.iter().find(|disk| disk.id == id).unwrap().clone()
 }
 
-fn wait_for(what: impl Fn() -> bool) {
+pub(crate) fn wait_for(what: impl Fn() -> bool) {
     while !what() {
         thread::sleep(Duration::from_millis(1));
     }
@@ -292,7 +292,7 @@ fn a_damaged_chunk_that_is_overwritten_harms_nobody() {
 }
 
 /// Writes to a chunk of the disk's file behind the machine's back, so that reading it again would show.
-fn behind_its_back(machine: &Machine, disk: usize, chunk: usize) {
+pub(crate) fn behind_its_back(machine: &Machine, disk: usize, chunk: usize) {
     let file = fs::File::options().write(true).open(&machine.config().disks[disk].path).unwrap();
     file.write_all_at(b"nobody reads this", (chunk * CHUNK) as u64).unwrap();
 }
