@@ -112,10 +112,14 @@ pub(crate) fn read(machine: &Machine, at: usize, len: usize) -> Vec<u8> {
     try_read(machine, at, len).unwrap()
 }
 
+/// Disks as frames, also where they could be cloned.
+fn frames() -> CaptureOptions<'static> {
+    CaptureOptions { reflink: false, ..CaptureOptions::default() }
+}
+
 fn take(machine: &Machine, path: &Path, parent: Option<&Path>) -> Captured {
     let parent = parent.map(Path::to_owned);
-    let captured =
-        capture(machine, path, &CaptureOptions { parent, ..Default::default() }).unwrap();
+    let captured = capture(machine, path, &CaptureOptions { parent, ..frames() }).unwrap();
     verify(path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
     captured
 }
@@ -274,7 +278,7 @@ fn a_damaged_chunk_ends_the_machine_that_touches_it_by_name() {
     // And a capture does not store anything else in its place.
     let machine = back(dir.path(), &path, DiskLoad::Demand).machine;
     let again = dir.path().join("again");
-    let error = capture(&machine, &again, &CaptureOptions::default()).unwrap_err().to_string();
+    let error = capture(&machine, &again, &frames()).unwrap_err().to_string();
     assert!(error.contains("disk-root.zst: chunk 12"), "{error}");
     assert!(!again.exists());
 }
@@ -319,7 +323,7 @@ fn a_disk_that_is_referenced_again_is_digested_where_it_changed() {
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path());
     let disks = BTreeMap::from([("root".to_owned(), DiskMode::Reference)]);
-    let options = CaptureOptions { disks, ..CaptureOptions::default() };
+    let options = CaptureOptions { disks, ..frames() };
     let digest = || digest_file(&dir.path().join("root"), Control::default()).unwrap().digest;
     let (first, second) = (dir.path().join("1"), dir.path().join("2"));
     let captured = capture(&machine, &first, &options).unwrap();
@@ -356,7 +360,7 @@ fn a_captured_disk_of_any_chunk_size_is_known_again_where_it_lies() {
     for chunk_size in [16 << 10, 64 << 10, 256 << 10] {
         let path = dir.path().join(format!("of-{chunk_size}"));
         let image = ImageOptions { chunk_size, ..ImageOptions::default() };
-        capture(&guest, &path, &CaptureOptions { image, ..Default::default() }).unwrap();
+        capture(&guest, &path, &CaptureOptions { image, ..frames() }).unwrap();
         // The first machine has the disk itself.
         let copy = dir.path().join("copy");
         fs::copy(dir.path().join("root"), &copy).unwrap();
@@ -384,7 +388,7 @@ fn a_capture_that_fails_forgets_no_write() {
     write(&machine, 6 * CHUNK, &[4; 512]);
     for limit in [0, 1000, stored - 10] {
         let parent = Some(first.clone());
-        let options = CaptureOptions { parent, limit: Some(limit), ..CaptureOptions::default() };
+        let options = CaptureOptions { parent, limit: Some(limit), ..frames() };
         capture(&machine, &second, &options).unwrap_err();
         assert_eq!(changed(&machine, "root"), [6]);
     }
@@ -423,7 +427,7 @@ fn a_live_capture_holds_the_disk_of_the_moment() {
         let observer = Overtaken { machine, done: Mutex::default() };
         let run = Run { observer: &observer, ..Run::default() };
         let live = dir.path().join(format!("live-{at}"));
-        let options = CaptureOptions { live: true, run, ..CaptureOptions::default() };
+        let options = CaptureOptions { live: true, run, ..frames() };
         capture(machine, &live, &options).unwrap();
         assert!(*observer.done.lock());
         assert!(captured_bytes(&live) == contents());
@@ -461,7 +465,7 @@ fn a_guest_that_outruns_a_live_capture_of_its_disk_waits_and_is_not_corrupted() 
     let run = Run { observer: &observer, ..Run::default() };
     let live = dir.path().join("live");
     let aside = 2 * CHUNK as u64;
-    let options = CaptureOptions { live: true, aside, run, ..CaptureOptions::default() };
+    let options = CaptureOptions { live: true, aside, run, ..frames() };
     let captured = capture(&*machine, &live, &options).unwrap();
     assert!(captured.timings.throttled > 0);
     observer.writer.into_inner().unwrap().join().unwrap();
