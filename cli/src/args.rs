@@ -159,6 +159,10 @@ pub(crate) struct CreateArgs {
     /// may be given several times [default: capture what the guest can write to].
     #[arg(long = "disk-mode", value_name = "capture|reference[=ID,...]")]
     pub(crate) disk_modes: Vec<DiskModeArg>,
+    /// Copy and compress captured disks also where the file system could clone them into the snapshot, which
+    /// takes no time and no room until the disk changes.
+    #[arg(long)]
+    pub(crate) no_reflink: bool,
     /// zstd level of the snapshot's frames [default: 1].
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub(crate) level: Option<i32>,

@@ -105,6 +105,7 @@ pub(crate) fn write(
         after: if params.stop { After::Stop } else { After::GoOn },
         live: params.live,
         disks: disk_modes(machine.config(), &params.disk_mode),
+        reflink: !params.no_reflink,
         image: ImageOptions {
             chunk_size: params.chunk_size.unwrap_or(image.chunk_size),
             level: params.level.unwrap_or(image.level),

@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 
 use crate::storage;
 
@@ -25,6 +25,13 @@ pub trait Layer: Debug + Send + Sync {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?))
+    }
+
+    /// Makes the file `name` in `dir`, mode 0600, where nothing may be, with the bytes that `file` has now, by
+    /// letting the two share what lies on the storage. Answers it open for reading. After an error there is no
+    /// file.
+    fn clone_file(&self, dir: BorrowedFd<'_>, name: &str, file: &File) -> io::Result<File> {
+        sys::clone_file(dir, name, file)
     }
 
     /// Appends the first of `bytes` to the file called `name`, and answers how many.
@@ -50,6 +57,11 @@ pub trait Layer: Debug + Send + Sync {
         }
     }
 
+    /// Removes the file `name` in `dir`.
+    fn unlink(&self, dir: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(dir, name, AtFlags::empty())?)
+    }
+
     /// Removes the directory at `path` and all that is in it.
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_dir_all(path)
@@ -61,3 +73,42 @@ pub trait Layer: Debug + Send + Sync {
 pub struct Real;
 
 impl Layer for Real {}
+
+#[cfg(target_os = "linux")]
+mod sys {
+    use super::*;
+
+    pub(super) fn clone_file(dir: BorrowedFd<'_>, name: &str, file: &File) -> io::Result<File> {
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let clone = rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?;
+        if let Err(error) = rustix::fs::ioctl_ficlone(&clone, file) {
+            // Empty; the writer that gives up removes it with all the rest.
+            let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
+            return Err(error.into());
+        }
+        Ok(File::from(clone))
+    }
+}
+
+#[cfg(target_os = "macos")]
+mod sys {
+    use rustix::fs::CloneFlags;
+
+    use super::*;
+
+    pub(super) fn clone_file(dir: BorrowedFd<'_>, name: &str, file: &File) -> io::Result<File> {
+        rustix::fs::fclonefileat(file, dir, name, CloneFlags::NOOWNERCOPY)?;
+        // The clone has the mode of the file, with which it might not be opened.
+        let open = || {
+            rustix::fs::chmodat(dir, name, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            rustix::fs::openat(dir, name, flags, Mode::empty())
+        };
+        let clone = open().inspect_err(|_| {
+            // The writer that gives up removes it with all the rest.
+            let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
+        });
+        Ok(File::from(clone?))
+    }
+}

@@ -131,7 +131,8 @@ pub struct CpuIdentity {
     pub counter_frequency: u64,
 }
 
-/// A chunked image: its name stands for the files `NAME.idx` and `NAME.zst`.
+/// A chunked image: its name stands for the files `NAME.idx` and `NAME.zst`, and for `NAME.raw` if that is in
+/// the list of files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRecord {
     /// "memory" or "disk-ID".
@@ -168,14 +169,17 @@ pub struct FileRecord {
     pub name: String,
     /// Length in bytes.
     pub length: u64,
-    /// blake3 of the whole file.
+    /// blake3 of the whole file; for the raw bytes of an image, its image digest.
     pub digest: Digest,
 }
 
 impl Manifest {
     /// The minor format version that the body is written in: the oldest that has all that is in it.
     pub fn minor(&self) -> u16 {
-        u16::from(self.parent.is_some())
+        match self.images.iter().any(|image| self.raw_file(image).is_some()) {
+            true => 2,
+            false => u16::from(self.parent.is_some()),
+        }
     }
 
     /// The bytes of the body, in format 1.[`minor`](Self::minor).
@@ -191,28 +195,27 @@ impl Manifest {
     pub fn decode(minor: u16, body: &[u8]) -> Result<Self, FormatError> {
         let manifest: Self = match minor {
             0 => codec::decode(FILE, minor, body)?,
-            1 => {
+            1 | 2 => {
                 let (manifest, parent_hint) = codec::decode(FILE, minor, body)?;
                 Self { parent_hint, ..manifest }
             }
             _ => return Err(field("minor format version", format!("{minor} is not known"))),
         };
         if manifest.minor() != minor {
-            let why = format!(
-                "a snapshot of format 1.{minor} has {}",
-                match minor {
-                    0 => "none",
-                    _ => "one",
-                }
-            );
-            return Err(field("parent", why));
+            let (what, has) = match (minor, manifest.minor()) {
+                (2, _) => ("raw files", "one"),
+                (_, 2) => ("raw files", "none"),
+                (0, _) => ("parent", "none"),
+                _ => ("parent", "one"),
+            };
+            return Err(field(what, format!("a snapshot of format 1.{minor} has {has}")));
         }
         manifest.check()?;
         Ok(manifest)
     }
 
     /// Whether the parts fit together: names stay in the directory, nothing is listed twice, sections
-    /// fill `state` without a gap, every image has its two files and every file belongs to something.
+    /// fill `state` without a gap, every image has its files and every file belongs to something.
     pub fn check(&self) -> Result<(), FormatError> {
         let lists = [
             ("images", self.images.len()),
@@ -259,11 +262,17 @@ impl Manifest {
         found.ok_or_else(|| FormatError::Unlisted { what: format!("image `{name}`") })
     }
 
+    /// The file with the raw bytes of `image`, if it is stored so. Its digest is the image's.
+    pub fn raw_file(&self, image: &ImageRecord) -> Option<&FileRecord> {
+        let name = image.raw_file();
+        self.files.iter().find(|file| file.name == name)
+    }
+
     fn check_files(&self) -> Result<(), FormatError> {
         let mut owned: HashSet<String> = HashSet::from([STATE_FILE.to_owned()]);
         for image in &self.images {
             names::check(&image.name)?;
-            for name in [image.index_file(), image.data_file()] {
+            for name in [image.index_file(), image.data_file(), image.raw_file()] {
                 if !owned.insert(name.clone()) {
                     return Err(field("images", format!("two claim the file `{name}`")));
                 }
@@ -314,7 +323,7 @@ impl Manifest {
 
     fn check_images(&self) -> Result<(), FormatError> {
         for record in &self.images {
-            let ImageRecord { name, size, chunk_size, digest: _ } = record;
+            let ImageRecord { name, size, chunk_size, digest } = record;
             let wrong = |what: &str, why: String| Err(field(format!("image {name}: {what}"), why));
             if !image::is_chunk_size(*chunk_size) {
                 return wrong("chunk size", format!("{chunk_size} is not allowed"));
@@ -332,7 +341,21 @@ impl Manifest {
                     found,
                 });
             }
-            self.file(&record.data_file())?;
+            let data = self.file(&record.data_file())?;
+            let Some(raw) = self.raw_file(record) else { continue };
+            for (file, expected) in [(raw, *size), (data, 0)] {
+                if file.length != expected {
+                    return Err(FormatError::Length {
+                        file: file.name.clone(),
+                        what: "the file".into(),
+                        expected,
+                        found: file.length,
+                    });
+                }
+            }
+            if raw.digest != *digest {
+                return wrong("digest", format!("{digest}, {} has {}", raw.name, raw.digest));
+            }
         }
         let (memory, ram) = (self.image(MEMORY_IMAGE)?.size, self.machine.memory_size);
         match memory == ram {
@@ -397,6 +420,11 @@ impl ImageRecord {
     /// Name of the file with the frames.
     pub fn data_file(&self) -> String {
         format!("{}.zst", self.name)
+    }
+
+    /// Name of the file with the raw bytes, if there is one.
+    pub fn raw_file(&self) -> String {
+        format!("{}.raw", self.name)
     }
 }
 
@@ -550,16 +578,75 @@ pub(crate) mod tests {
         assert!(manifest.encode().unwrap_err().to_string().contains("parent hint"));
     }
 
+    /// The sample with the raw bytes of its disk.
+    fn raw_sample() -> Manifest {
+        let mut manifest = sample();
+        let (length, digest) = (manifest.images[1].size, manifest.images[1].digest);
+        manifest.files[4].length = 0;
+        manifest.files.push(FileRecord { name: "disk-root.raw".into(), length, digest });
+        manifest
+    }
+
+    #[test]
+    fn raw_files_are_of_format_1_2_whether_it_is_a_difference_or_not() {
+        let full = raw_sample();
+        let diff = Manifest {
+            parent: Some(Digest([1; 32])),
+            parent_hint: Some("/a/b".into()),
+            ..raw_sample()
+        };
+        for manifest in [full, diff] {
+            assert_eq!(manifest.minor(), 2);
+            let body = manifest.encode().unwrap();
+            assert_eq!(Manifest::decode(2, &body).unwrap(), manifest);
+            let text = Manifest::decode(1, &body).unwrap_err().to_string();
+            assert!(text.contains("raw files: a snapshot of format 1.1 has none"), "{text}");
+            assert!(Manifest::decode(0, &body).is_err());
+            assert!(Manifest::decode(3, &body).is_err());
+            let without = codec::encode(FILE, &(&sample(), None::<String>)).unwrap();
+            let text = Manifest::decode(2, &without).unwrap_err().to_string();
+            assert!(text.contains("raw files: a snapshot of format 1.2 has one"), "{text}");
+        }
+    }
+
+    #[test]
+    fn raw_files_that_do_not_fit_their_image_are_refused_by_name() {
+        type Change = fn(&mut Manifest);
+        let cases: &[(&str, Change)] = &[
+            ("disk-root.raw: the file is 99999 bytes long, expected 100000", |m| {
+                m.files[5].length -= 1
+            }),
+            ("disk-root.zst: the file is 7 bytes long, expected 0", |m| m.files[4].length = 7),
+            ("image disk-root: digest", |m| m.files[5].digest = Digest([1; 32])),
+            ("`disk-data.raw` belongs to nothing", |m| m.files[5].name = "disk-data.raw".into()),
+            ("`disk-root.raw` is listed twice", |m| m.files.push(m.files[5].clone())),
+            ("no file `disk-root.zst`", |m| drop(m.files.remove(4))),
+        ];
+        for (expected, change) in cases {
+            let mut manifest = raw_sample();
+            change(&mut manifest);
+            let text = manifest.encode().expect_err(expected).to_string();
+            assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+        }
+    }
+
     #[test]
     fn a_truncated_or_damaged_body_is_refused_or_fits_together() {
-        let body = sample().encode().unwrap();
+        for manifest in [sample(), raw_sample()] {
+            any_damage_is_refused_or_fits_together(&manifest);
+        }
+    }
+
+    fn any_damage_is_refused_or_fits_together(manifest: &Manifest) {
+        let minor = manifest.minor();
+        let body = manifest.encode().unwrap();
         for len in 0..body.len() {
-            assert!(Manifest::decode(0, &body[..len]).is_err(), "cut to {len}");
+            assert!(Manifest::decode(minor, &body[..len]).is_err(), "cut to {len}");
         }
         for bit in 0..body.len() * 8 {
             let mut damaged = body.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
-            if let Ok(manifest) = Manifest::decode(0, &damaged) {
+            if let Ok(manifest) = Manifest::decode(minor, &damaged) {
                 manifest.check().unwrap();
             }
         }

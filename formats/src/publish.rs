@@ -129,7 +129,8 @@ impl Staging {
         self.durability = durability;
     }
 
-    /// Lets the snapshot take at most `bytes`; more is answered as a full disk is.
+    /// Lets the snapshot take at most `bytes`; more is answered as a full disk is. Clones take nothing of it:
+    /// what they share is there already.
     pub fn limit(&mut self, bytes: u64) {
         self.room = Some(Arc::new(AtomicU64::new(bytes)));
     }
@@ -155,6 +156,56 @@ impl Staging {
     pub fn finish(&mut self, file: StagedFile) -> Result<(), FormatError> {
         self.files.push(file.finish()?);
         Ok(())
+    }
+
+    /// A new file in the snapshot with the bytes that `file`, which has `size`, holds at this moment: a clone
+    /// that shares what lies on the storage with it, made at once however large it is. What is written to
+    /// `file` from then on does not show in it.
+    ///
+    /// `None`, and no file, if the file system cannot do that, the snapshot lies on another one, or `file` is
+    /// of another size.
+    pub fn clone_file(
+        &self,
+        name: &str,
+        file: &File,
+        size: u64,
+    ) -> Result<Option<ClonedFile>, FormatError> {
+        const UNABLE: [Errno; 6] = [
+            Errno::OPNOTSUPP,
+            Errno::NOTSUP,
+            Errno::NOTTY,
+            Errno::XDEV,
+            Errno::INVAL,
+            Errno::NOSYS,
+        ];
+        names::check(name)?;
+        let io = |error| FormatError::io(name, "clone", error);
+        let cloned = match self.layer.clone_file(self.dir.as_fd(), name, file) {
+            Err(error) if Errno::from_io_error(&error).is_some_and(|e| UNABLE.contains(&e)) => {
+                tracing::debug!("{name}: will be copied, it cannot be cloned: {error}");
+                return Ok(None);
+            }
+            cloned => cloned.map_err(io)?,
+        };
+        let found = cloned.metadata().map_err(io)?.len();
+        let cloned = ClonedFile { name: name.to_owned(), file: cloned, size };
+        if found != size {
+            self.discard(cloned)?;
+            return Ok(None);
+        }
+        Ok(Some(cloned))
+    }
+
+    /// Removes a clone that is not wanted.
+    pub fn discard(&self, clone: ClonedFile) -> Result<(), FormatError> {
+        let removed = self.layer.unlink(self.dir.as_fd(), &clone.name);
+        removed.map_err(|error| FormatError::io(clone.name, "remove", error))
+    }
+
+    /// Ends a clone that holds the raw bytes of the image with the image digest `digest`.
+    pub(crate) fn finish_raw(&mut self, clone: ClonedFile, digest: Digest) {
+        let ClonedFile { name, file, size } = clone;
+        self.files.push((FileRecord { name, length: size, digest }, file));
     }
 
     /// Bytes of the files that are finished.
@@ -265,6 +316,34 @@ impl Drop for Staging {
         {
             tracing::warn!("{}: cannot remove: {error}", self.path.display());
         }
+    }
+}
+
+/// A file of a snapshot being written that shares what lies on the storage with another: see
+/// [`Staging::clone_file`]. One that is neither made an image nor [discarded](Staging::discard) is left over
+/// in the snapshot.
+#[derive(Debug)]
+#[must_use = "a clone becomes an image or is discarded"]
+pub struct ClonedFile {
+    name: String,
+    file: File,
+    size: u64,
+}
+
+impl ClonedFile {
+    /// Its name in the snapshot.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The clone, open for reading.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 }
 

@@ -12,8 +12,8 @@ use squib_formats::{
     digest::Digest,
     header::{self, Header},
     image::{
-        Content, Control, ImageOptions, ImageReader, Index, MIN_CHUNK_SIZE, PAGE_SIZE, RECORD_LEN,
-        Sink, Source, is_chunk_size, write_image, zero_digest,
+        Beside, Content, Control, ImageOptions, ImageReader, Index, MIN_CHUNK_SIZE, PAGE_SIZE,
+        RECORD_LEN, Sink, Source, is_chunk_size, write_image, zero_digest,
     },
     manifest::{
         CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, SectionRecord,
@@ -56,7 +56,7 @@ pub fn manifest(bytes: &[u8]) -> bool {
         assert_eq!(again, *head);
         let _ = header.check_readable().and_then(|()| header.check_body(head, body));
     }
-    let minor = u16::from(head[10] & 1);
+    let minor = u16::from(head[10] % 3);
     let Ok(manifest) = Manifest::decode(minor, body) else { return false };
     manifest.check().expect("checked by decode");
     assert_eq!(manifest.minor(), minor);
@@ -76,7 +76,8 @@ pub fn index(bytes: &[u8]) -> bool {
     let digest = image_digest(records, size, chunk_size);
     let image = ImageRecord { name: MEMORY_IMAGE.into(), size, chunk_size, digest };
     let data_length = u64::from(u16::from_le_bytes([data[0], data[1]])) << (data[2] % 48);
-    let Ok(index) = Index::decode(&image, data_length, diff % 2 == 1, records) else {
+    let beside = Beside { data_length, is_diff: diff & 1 != 0, is_raw: diff & 2 != 0 };
+    let Ok(index) = Index::decode(&image, beside, records) else {
         return false;
     };
     assert_eq!(index.records().len() as u64, image.size.div_ceil(chunk_size.into()));
@@ -271,9 +272,9 @@ impl Files {
             };
             (*length, *digest) = (bytes.len() as u64, Digest::of(bytes));
         }
-        let body = match manifest.parent {
-            None => codec::encode("manifest", &manifest),
-            Some(_) => codec::encode("manifest", &(&manifest, None::<String>)),
+        let body = match manifest.minor() {
+            0 => codec::encode("manifest", &manifest),
+            _ => codec::encode("manifest", &(&manifest, None::<String>)),
         };
         Some((manifest.minor(), body.ok()?))
     }

@@ -163,6 +163,10 @@ pub struct CaptureOptions<'a> {
     pub image: ImageOptions,
     /// Disks by id; those not named are captured if the guest can write to them, else referenced.
     pub disks: BTreeMap<String, DiskMode>,
+    /// Clone a captured disk into the snapshot where the file system can: at once, however large it is, and
+    /// both share what lies on the storage. Not a disk of which the parent has an image, or that is not all there
+    /// yet, since it is being restored.
+    pub reflink: bool,
     /// Make it a difference to this snapshot, which must stay for as long as the new one is wanted.
     pub parent: Option<PathBuf>,
     /// Where else snapshots may lie that need one that is to be replaced: see
@@ -176,7 +180,7 @@ pub struct CaptureOptions<'a> {
 
 impl Default for CaptureOptions<'_> {
     /// Refuses an existing snapshot, syncs everything, two seconds to come to rest, the guest goes on once
-    /// everything has been read; a live capture puts at most 256 MiB aside.
+    /// everything has been read; a live capture puts at most 256 MiB aside; disks are cloned where that can be.
     fn default() -> Self {
         Self {
             existing: Existing::Refuse,
@@ -187,6 +191,7 @@ impl Default for CaptureOptions<'_> {
             aside: 256 << 20,
             image: ImageOptions::default(),
             disks: BTreeMap::new(),
+            reflink: true,
             parent: None,
             dependents_in: Vec::new(),
             limit: None,
@@ -268,11 +273,32 @@ pub enum CaptureError {
 }
 
 /// Writes a snapshot of `guest` to `output`. The guest is paused for the time that its state, memory and
-/// writable disks are read.
+/// writable disks are read; disks that are all cloned are read after that.
 pub fn capture(
     guest: &dyn Guest,
     output: &Path,
     options: &CaptureOptions<'_>,
+) -> Result<Captured, CaptureError> {
+    capture_into(guest, output, options, || Staging::new(output, options.existing))
+}
+
+/// As [`capture`], with every step of writing through `layer`.
+#[cfg(feature = "faults")]
+pub fn capture_with_layer(
+    guest: &dyn Guest,
+    output: &Path,
+    options: &CaptureOptions<'_>,
+    layer: Arc<dyn squib_formats::layer::Layer>,
+) -> Result<Captured, CaptureError> {
+    let begin = || Staging::with_layer(output, options.existing, layer);
+    capture_into(guest, output, options, begin)
+}
+
+fn capture_into(
+    guest: &dyn Guest,
+    output: &Path,
+    options: &CaptureOptions<'_>,
+    begin: impl FnOnce() -> Result<Staging, FormatError>,
 ) -> Result<Captured, CaptureError> {
     let start = Instant::now();
     let mut timings = CaptureTimings::default();
@@ -284,14 +310,18 @@ pub fn capture(
     let parent = options.parent.as_deref().map(|path| Parent::open(path, output)).transpose()?;
     let parent = parent.as_ref();
     check_replaced(output, options)?;
-    let mut staging = Staging::new(output, options.existing)?;
+    let mut staging = begin()?;
     staging.durability(options.durability);
     if let Some(limit) = options.limit {
         staging.limit(limit);
     }
     let mut disks = Vec::new();
     for disk in &config.disks {
-        disks.push(Disk::open(guest, disk, options.disks.get(&disk.id).copied())?);
+        let mut disk = Disk::open(guest, disk, options.disks.get(&disk.id).copied())?;
+        if options.reflink {
+            disk.try_clone(&staging, parent)?;
+        }
+        disks.push(disk);
     }
 
     let run = &options.run;
@@ -307,12 +337,13 @@ pub fn capture(
     timings.state = started.elapsed();
 
     // Memory is held last and let go first, so that whoever has the disks can have the memory too.
-    let disks = disks.into_iter().map(|disk| disk.freeze(options.aside));
+    let disks = disks.into_iter().map(|disk| disk.freeze(options.aside, &staging));
     let mut disks = disks.collect::<Result<Vec<_>, _>>()?;
     let frozen = guest.freeze(options.aside)?;
     let mut paused = Some(paused);
     if options.live && options.after == After::GoOn {
         timings.downtime = paused.take().map_or(Ok(Duration::ZERO), Paused::go_on)?;
+        disks.iter().for_each(FrozenDisk::let_go);
     }
 
     let started = Instant::now();
@@ -322,6 +353,13 @@ pub fn capture(
         write(&mut staging, MEMORY_IMAGE, &source, parent, options.image, control)
     })?;
     timings.memory = started.elapsed();
+    if options.after == After::GoOn
+        && disks.iter().all(FrozenDisk::is_safe)
+        && let Some(paused) = paused.take()
+    {
+        timings.downtime = paused.go_on()?;
+        disks.iter().for_each(FrozenDisk::let_go);
+    }
 
     let started = Instant::now();
     let (mut images, mut captured) = (vec![memory.record.clone()], Vec::new());

@@ -65,7 +65,9 @@ pub struct ImageInspection {
     pub parent_chunks: u64,
     /// Chunks of which only the pages that differ from the parent's are stored.
     pub patch_chunks: u64,
-    /// Bytes of the frames.
+    /// Chunks that lie in the raw file.
+    pub raw_chunks: u64,
+    /// Bytes of the frames, and of the raw file.
     pub stored: u64,
 }
 
@@ -84,7 +86,7 @@ pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatErr
         let index = ImageReader::open_index(&snapshot, &record.name)?;
         let mut frames = HashSet::new();
         let (mut zero_chunks, mut duplicate_chunks) = (0, 0);
-        let (mut parent_chunks, mut patch_chunks) = (0, 0);
+        let (mut parent_chunks, mut patch_chunks, mut raw_chunks) = (0, 0, 0);
         for chunk in index.records() {
             match chunk {
                 Record::Zero => zero_chunks += 1,
@@ -92,6 +94,7 @@ pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatErr
                 Record::Data { .. } => {}
                 Record::Patch { .. } => patch_chunks += 1,
                 Record::Parent { .. } => parent_chunks += 1,
+                Record::Raw { .. } => raw_chunks += 1,
             }
         }
         images.push(ImageInspection {
@@ -101,7 +104,9 @@ pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatErr
             duplicate_chunks,
             parent_chunks,
             patch_chunks,
-            stored: manifest.file(&record.data_file())?.length,
+            raw_chunks,
+            stored: manifest.file(&record.data_file())?.length
+                + manifest.raw_file(record).map_or(0, |raw| raw.length),
         });
     }
     let header = snapshot.header();

@@ -89,6 +89,9 @@ pub struct SnapshotCreateParams {
     /// captured if the guest can write to it, else referenced.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disk_mode: Vec<DiskModeParam>,
+    /// squib: copy and compress captured disks also where the file system could clone them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_reflink: bool,
     /// squib: what is synced to the storage before the snapshot is called safe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub durability: Option<Durability>,

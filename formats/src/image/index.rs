@@ -2,7 +2,7 @@
 //!
 //! | offset | size | field |
 //! |---|---|---|
-//! | 0 | 1 | kind: 0 zero, 1 data, 2 patch, 3 parent |
+//! | 0 | 1 | kind: 0 zero, 1 data, 2 patch, 3 parent, 4 raw |
 //! | 1 | 3 | zero |
 //! | 4 | 4 | length of the frame in bytes |
 //! | 8 | 8 | offset of the frame in the data file |
@@ -18,6 +18,7 @@ const ZERO: u8 = 0;
 const DATA: u8 = 1;
 const PATCH: u8 = 2;
 const PARENT: u8 = 3;
+const RAW: u8 = 4;
 
 /// Where a chunk's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,22 @@ pub enum Record {
         /// blake3 of the raw chunk.
         digest: Digest,
     },
+    /// The chunk is what lies at its own place in the raw file.
+    Raw {
+        /// blake3 of the raw chunk.
+        digest: Digest,
+    },
+}
+
+/// What there is beside an index. It decides which records can be in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beside {
+    /// Length of the data file in bytes.
+    pub data_length: u64,
+    /// The snapshot is a difference: there is an image of the parent.
+    pub is_diff: bool,
+    /// There is a file with the raw bytes of the image.
+    pub is_raw: bool,
 }
 
 impl Record {
@@ -58,6 +75,7 @@ impl Record {
             Self::Data { offset, length, digest } => (DATA, *length, *offset, *digest),
             Self::Patch { offset, length, digest } => (PATCH, *length, *offset, *digest),
             Self::Parent { digest } => (PARENT, 0, 0, *digest),
+            Self::Raw { digest } => (RAW, 0, 0, *digest),
         };
         let mut bytes = [0; RECORD_LEN];
         bytes[0] = kind;
@@ -73,7 +91,7 @@ impl Record {
             Self::Data { offset, length, .. } | Self::Patch { offset, length, .. } => {
                 Some((offset, length))
             }
-            Self::Zero | Self::Parent { .. } => None,
+            Self::Zero | Self::Parent { .. } | Self::Raw { .. } => None,
         }
     }
 }
@@ -87,15 +105,10 @@ pub struct Index {
 }
 
 impl Index {
-    /// Parses and checks `bytes`, all records of the index of `image`, whose data file has `data_length` bytes;
-    /// only a difference has patch and parent records.
-    pub fn decode(
-        image: &ImageRecord,
-        data_length: u64,
-        is_diff: bool,
-        bytes: &[u8],
-    ) -> Result<Self, FormatError> {
-        let mut parser = Parser::new(image, data_length, is_diff);
+    /// Parses and checks `bytes`, all records of the index of `image`. Only a difference has patch and parent
+    /// records, and an image with a raw file has zero and raw records only.
+    pub fn decode(image: &ImageRecord, beside: Beside, bytes: &[u8]) -> Result<Self, FormatError> {
+        let mut parser = Parser::new(image, beside);
         let whole = bytes.len() / RECORD_LEN * RECORD_LEN;
         parser.records(&bytes[..whole])?;
         let index = parser.finish()?;
@@ -140,7 +153,8 @@ impl Index {
             Record::Zero => self.zero,
             Record::Data { digest, .. }
             | Record::Patch { digest, .. }
-            | Record::Parent { digest } => *digest,
+            | Record::Parent { digest }
+            | Record::Raw { digest } => *digest,
         }
     }
 
@@ -153,8 +167,7 @@ impl Index {
 pub(super) struct Parser<'a> {
     image: &'a ImageRecord,
     layout: Layout,
-    data_length: u64,
-    is_diff: bool,
+    beside: Beside,
     zero: Digest,
     longest_frame: u32,
     hasher: ImageHasher,
@@ -162,15 +175,13 @@ pub(super) struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    /// For the index of `image`, whose data file is `data_length` bytes long, in a snapshot that is a
-    /// difference to another or not.
-    pub(super) fn new(image: &'a ImageRecord, data_length: u64, is_diff: bool) -> Self {
+    /// For the index of `image`.
+    pub(super) fn new(image: &'a ImageRecord, beside: Beside) -> Self {
         let layout = Layout { size: image.size, chunk_size: image.chunk_size };
         Self {
             image,
             layout,
-            data_length,
-            is_diff,
+            beside,
             zero: zero_digest(image.chunk_size),
             longest_frame: zstd::zstd_safe::compress_bound(image.chunk_size as usize) as u32,
             hasher: ImageHasher::new(),
@@ -232,14 +243,24 @@ impl<'a> Parser<'a> {
                 return wrong("digest", format!("{digest}, a zero chunk has {}", self.zero));
             }
             ZERO => Record::Zero,
-            PATCH | PARENT if !self.is_diff => {
+            DATA | PATCH | PARENT if self.beside.is_raw => {
+                let name = ["data", "patch", "parent"][usize::from(kind - DATA)];
+                return wrong("kind", format!("a {name} record, but the image has a raw file"));
+            }
+            RAW if !self.beside.is_raw => {
+                let why = format!("a raw record, but there is no {}", self.image.raw_file());
+                return wrong("kind", why);
+            }
+            PATCH | PARENT if !self.beside.is_diff => {
                 let name = if kind == PATCH { "patch" } else { "parent" };
                 return wrong("kind", format!("a {name} record in a snapshot without a parent"));
             }
-            PARENT if (offset, length) != (0, 0) => {
-                return wrong("frame", format!("{length} bytes at {offset} for a parent record"));
+            PARENT | RAW if (offset, length) != (0, 0) => {
+                let name = if kind == PARENT { "parent" } else { "raw" };
+                return wrong("frame", format!("{length} bytes at {offset} for a {name} record"));
             }
             PARENT => Record::Parent { digest },
+            RAW => Record::Raw { digest },
             DATA if length == 0 || length > self.longest_frame => {
                 let limit = self.longest_frame;
                 return wrong("frame length", format!("{length}, it must be 1 to {limit}"));
@@ -250,9 +271,11 @@ impl<'a> Parser<'a> {
                 return wrong("patch length", why);
             }
             DATA | PATCH
-                if offset.checked_add(length.into()).is_none_or(|end| end > self.data_length) =>
+                if offset
+                    .checked_add(length.into())
+                    .is_none_or(|end| end > self.beside.data_length) =>
             {
-                let (file, end) = (self.image.data_file(), self.data_length);
+                let (file, end) = (self.image.data_file(), self.beside.data_length);
                 return wrong("frame", format!("{length} bytes at {offset}, {file} has {end}"));
             }
             DATA => Record::Data { offset, length, digest },
@@ -274,12 +297,17 @@ mod tests {
         ImageRecord { name: "memory".into(), size: 3 << 16, chunk_size: 1 << 16, digest }
     }
 
+    const FULL: Beside = Beside { data_length: 1000, is_diff: false, is_raw: false };
+    const DIFF: Beside = Beside { is_diff: true, ..FULL };
+    const RAW_FULL: Beside = Beside { data_length: 0, is_diff: false, is_raw: true };
+    const RAW_DIFF: Beside = Beside { is_diff: true, ..RAW_FULL };
+
     fn first_record(
-        is_diff: bool,
+        beside: Beside,
         change: impl Fn(&mut [u8; RECORD_LEN]),
     ) -> Result<(), FormatError> {
         let image = image();
-        let mut parser = Parser::new(&image, 1000, is_diff);
+        let mut parser = Parser::new(&image, beside);
         let data = Record::Data { offset: 100, length: 900, digest: Digest::of(b"x") };
         let mut bytes = data.encode(parser.zero);
         change(&mut bytes);
@@ -290,7 +318,8 @@ mod tests {
     fn a_record_that_no_writer_writes_is_refused_by_name() {
         type Change = fn(&mut [u8; RECORD_LEN]);
         let cases: &[(&str, Change)] = &[
-            ("chunk 0: kind: 4 is not known", |r| r[0] = 4),
+            ("chunk 0: kind: 5 is not known", |r| r[0] = 5),
+            ("chunk 0: kind: a raw record, but there is no memory.raw", |r| r[0] = 4),
             ("chunk 0: kind: a patch record in a snapshot without", |r| r[0] = 2),
             ("chunk 0: kind: a parent record in a snapshot without", |r| r[0] = 3),
             ("chunk 0: frame: 900 bytes at 100 for a zero chunk", |r| r[0] = 0),
@@ -302,31 +331,55 @@ mod tests {
             ("a zero chunk has", |r| r[..16].fill(0)),
         ];
         for (expected, change) in cases {
-            let text = first_record(false, change).expect_err(expected).to_string();
+            let text = first_record(FULL, change).expect_err(expected).to_string();
             assert!(text.starts_with("memory.idx"), "{text}");
             assert!(text.contains(expected), "expected `{expected}` in `{text}`");
         }
-        first_record(false, |_| ()).unwrap();
+        first_record(FULL, |_| ()).unwrap();
         let cases: &[(&str, Change)] = &[
             ("900 bytes at 100 for a parent record", |r| r[0] = 3),
             ("patch length: 2", |r| (r[0], r[4], r[5]) = (2, 2, 0)),
             ("memory.zst has 1000", |r| (r[0], r[8]) = (2, 101)),
         ];
         for (expected, change) in cases {
-            let text = first_record(true, change).expect_err(expected).to_string();
+            let text = first_record(DIFF, change).expect_err(expected).to_string();
             assert!(text.contains(expected), "expected `{expected}` in `{text}`");
         }
-        first_record(true, |r| r[0] = 2).unwrap();
+        first_record(DIFF, |r| r[0] = 2).unwrap();
+    }
+
+    #[test]
+    fn an_image_with_a_raw_file_has_zero_and_raw_records_only() {
+        type Change = fn(&mut [u8; RECORD_LEN]);
+        let cases: &[(&str, Change)] = &[
+            ("chunk 0: kind: a data record, but the image has a raw file", |_| ()),
+            ("chunk 0: kind: a patch record, but the image has a raw file", |r| r[0] = 2),
+            ("chunk 0: kind: a parent record, but the image has a raw file", |r| r[0] = 3),
+            ("900 bytes at 100 for a raw record", |r| r[0] = 4),
+            ("0 bytes at 100 for a raw record", |r| (r[0], r[4], r[5]) = (4, 0, 0)),
+            ("reserved bytes", |r| (r[0], r[1]) = (4, 1)),
+        ];
+        for beside in [RAW_FULL, RAW_DIFF] {
+            for (expected, change) in cases {
+                let text = first_record(beside, change).expect_err(expected).to_string();
+                assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+            }
+            let raw: Change = |r| {
+                r[..16].fill(0);
+                r[0] = 4;
+            };
+            first_record(beside, raw).unwrap();
+        }
     }
 
     #[test]
     fn records_that_do_not_make_up_the_image_digest_are_refused() {
         let image = image();
-        let mut parser = Parser::new(&image, 1000, false);
+        let mut parser = Parser::new(&image, FULL);
         let zero = Record::Zero.encode(parser.zero);
         parser.records(&[zero, zero].concat()).unwrap();
         assert!(matches!(parser.finish(), Err(FormatError::Length { found: 96, .. })));
-        let mut parser = Parser::new(&image, 1000, false);
+        let mut parser = Parser::new(&image, FULL);
         parser.records(&[zero, zero, zero].concat()).unwrap();
         assert!(matches!(parser.finish(), Err(FormatError::Digest { .. })));
     }

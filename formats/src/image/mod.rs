@@ -7,12 +7,16 @@
 //! In a difference to a parent snapshot, a chunk that is the parent's chunk of the same number is a *parent*
 //! record without bytes, and one that shares pages with it may be a *patch*: the changed pages only.
 //!
+//! An image may have its raw bytes in a file `NAME.raw` instead of frames, a clone of where they came from;
+//! then a chunk that is not all zeros is a *raw* record, and lies there at its own place.
+//!
 //! The *image digest* is the blake3 of the blake3 of every chunk in order, followed by the raw size and
 //! the chunk size as u64. It depends on the raw bytes and the chunk size only.
 
 mod digest;
 mod index;
 mod pipeline;
+mod raw;
 mod read;
 mod reorder;
 mod source;
@@ -26,7 +30,8 @@ use std::{
 };
 
 pub use digest::{ImageDigest, digest_chunks, digest_file, digest_reader, digest_source};
-pub use index::{Index, RECORD_LEN, Record};
+pub use index::{Beside, Index, RECORD_LEN, Record};
+pub use raw::write_raw_image;
 pub use read::{ChunkReader, ImageReader, Loaded};
 pub use reorder::reorder_image;
 pub use source::{FileSource, ImageSource};

@@ -16,8 +16,8 @@ use zstd::{bulk::Decompressor, zstd_safe};
 
 use super::{
     Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
-    index::{Index, Parser},
-    is_zero,
+    index::{Beside, Index, Parser},
+    is_hole, is_zero,
 };
 use crate::{digest::Digest, error::FormatError, manifest::ImageRecord, snapshot_dir::Snapshot};
 
@@ -42,6 +42,8 @@ struct Inner {
     record: ImageRecord,
     index: Index,
     data: File,
+    /// The raw bytes, if the image is stored so.
+    raw: Option<File>,
     base: Option<Base>,
 }
 
@@ -60,7 +62,7 @@ pub struct Loaded {
     pub size: u64,
     /// Raw bytes in zero chunks.
     pub zero: u64,
-    /// Bytes of frames that were decompressed, counting a frame each time.
+    /// Bytes of frames that were decompressed, counting a frame each time, and of raw chunks that were read.
     pub stored: u64,
 }
 
@@ -120,6 +122,35 @@ impl ImageReader {
         })
     }
 
+    /// Verifies every chunk, and that the raw file, if the image has one, is zero where the index says so: then
+    /// its bytes have the image digest. The error is the one of the lowest-numbered chunk that is damaged; a
+    /// chunk of zeros is looked at when all others are right.
+    pub fn verify(&self, control: Control<'_>) -> Result<Loaded, FormatError> {
+        let loaded = self.load(&Nowhere, control)?;
+        self.check_raw_zeros(control)?;
+        Ok(loaded)
+    }
+
+    fn check_raw_zeros(&self, control: Control<'_>) -> Result<(), FormatError> {
+        let Some(file) = &self.inner.raw else { return Ok(()) };
+        let layout = self.index().layout();
+        let mut raw = vec![0; layout.chunk_size as usize];
+        for (chunk, record) in (0..).zip(self.index().records()) {
+            control.check()?;
+            let (offset, len) = (layout.offset(chunk), layout.len(chunk) as u64);
+            if *record == Record::Zero && !is_hole(file, offset, len) {
+                self.inner.fill_raw(chunk, &mut raw)?;
+                self.inner.check_raw(chunk, self.index().digest(chunk), &raw)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The file with the raw bytes, if the image is stored so.
+    pub(super) fn raw(&self) -> Option<&File> {
+        self.inner.raw.as_ref()
+    }
+
     /// Hands every chunk to `sink`, verified, from many threads and in no particular order; zero chunks
     /// only if the sink needs them. After an error the sink has some of the chunks. The error is the
     /// one of the lowest-numbered chunk that is damaged.
@@ -165,7 +196,7 @@ pub struct ChunkReader {
     /// Frames read ahead, and the offset of the first in the data file.
     frames: Vec<u8>,
     frames_at: u64,
-    /// Bytes of the frames decompressed so far.
+    /// Bytes of the frames decompressed and raw chunks read so far.
     stored: u64,
     /// The reader of the parent's image, once a chunk has needed it.
     base: Option<Box<ChunkReader>>,
@@ -179,6 +210,7 @@ impl ChunkReader {
         let digest = match record {
             Record::Zero => return Ok(None),
             Record::Parent { .. } => return self.read_base(chunk),
+            Record::Raw { digest } => return self.read_raw(chunk, digest).map(Some),
             Record::Data { digest, .. } | Record::Patch { digest, .. } => digest,
         };
         let (offset, length) = record.stored().unwrap_or_default();
@@ -218,7 +250,17 @@ impl ChunkReader {
         }
     }
 
-    /// Bytes of frames that were decompressed since the last call, the parents' included.
+    /// The chunk from the raw file, verified.
+    fn read_raw(&mut self, chunk: u64, digest: Digest) -> Result<&[u8], FormatError> {
+        self.raw.resize(self.image.record.chunk_size as usize, 0);
+        let len = self.image.fill_raw(chunk, &mut self.raw)?;
+        self.stored += len as u64;
+        self.image.check_raw(chunk, digest, &self.raw)?;
+        Ok(&self.raw[..len])
+    }
+
+    /// Bytes of frames that were decompressed and raw chunks that were read since the last call, the parents'
+    /// included.
     fn take_stored(&mut self) -> u64 {
         let base = self.base.as_mut().map_or(0, |base| base.take_stored());
         std::mem::take(&mut self.stored).saturating_add(base)
@@ -362,8 +404,16 @@ impl Inner {
         let (data, data_file) = snapshot.open_file(&record.data_file())?;
         let (mut file, index_file) = snapshot.open_file(&record.index_file())?;
         let io = |error| FormatError::io(&index_file.name, "read", error);
-        let mut parser =
-            Parser::new(&record, data_file.length, snapshot.manifest().parent.is_some());
+        let raw = match snapshot.manifest().raw_file(&record) {
+            Some(raw) => Some(snapshot.open_file(&raw.name)?.0),
+            None => None,
+        };
+        let beside = Beside {
+            data_length: data_file.length,
+            is_diff: snapshot.manifest().parent.is_some(),
+            is_raw: raw.is_some(),
+        };
+        let mut parser = Parser::new(&record, beside);
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; INDEX_STEP];
         let mut left = index_file.length;
@@ -381,7 +431,36 @@ impl Inner {
             left -= step.len() as u64;
         }
         index_file.check(hasher.finalize().into())?;
-        Ok(Self { index: parser.finish()?, record: record.clone(), data, base: None })
+        Ok(Self { index: parser.finish()?, record: record.clone(), data, raw, base: None })
+    }
+
+    /// Reads the whole of `chunk` from the raw file into `raw`, which has its size, continued with zeros behind
+    /// the end of the image. Answers how many bytes are before that.
+    fn fill_raw(&self, chunk: u64, raw: &mut [u8]) -> Result<usize, FormatError> {
+        let Some(file) = &self.raw else {
+            // An image without the file has no such records.
+            return Err(self.chunk_error(chunk, "there is no raw file".to_owned()));
+        };
+        let layout = self.index.layout();
+        let (bytes, behind) = raw.split_at_mut(layout.len(chunk));
+        behind.fill(0);
+        let read = file.read_exact_at(bytes, layout.offset(chunk));
+        read.map_err(|error| FormatError::io(self.record.raw_file(), "read", error))?;
+        Ok(bytes.len())
+    }
+
+    /// Whether `raw`, the whole of `chunk` from the raw file, has the digest on record.
+    fn check_raw(&self, chunk: u64, expected: Digest, raw: &[u8]) -> Result<(), FormatError> {
+        let found = Digest::of(raw);
+        match found == expected {
+            true => Ok(()),
+            false => Err(FormatError::Digest {
+                file: self.record.raw_file(),
+                what: format!("chunk {chunk}"),
+                expected,
+                found,
+            }),
+        }
     }
 
     fn chunk_error(&self, chunk: u64, why: String) -> FormatError {
@@ -406,6 +485,19 @@ fn decompress(
         Ok(len) if len == into.len() => Ok(()),
         Ok(len) => Err(format!("{len} bytes decompressed, expected {}", into.len())),
         Err(error) => Err(format!("does not decompress to {} bytes: {error}", into.len())),
+    }
+}
+
+/// Takes chunks that only had to be verified.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn is_zero(&self, _: u64, _: usize) -> bool {
+        true
+    }
+
+    fn write(&self, _: u64, _: &[u8]) -> std::io::Result<()> {
+        Ok(())
     }
 }
 

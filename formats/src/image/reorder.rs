@@ -2,15 +2,16 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    fs::File,
     ops::Range,
     sync::Mutex,
 };
 
 use super::{
-    ChunkReader, Control, ImageReader, Layout, Record, WrittenImage,
+    ChunkReader, Control, ImageOptions, ImageReader, ImageSource, Layout, Record, WrittenImage,
     digest::ImageHasher,
     pipeline::{lock, run_in_order},
-    zero_digest,
+    write_image, write_raw_image, zero_digest,
 };
 use crate::{error::FormatError, publish::Staging};
 
@@ -19,6 +20,9 @@ use crate::{error::FormatError, publish::Staging};
 /// zero, parent and patch records stay what they are. So image digest and size are those of `image`.
 ///
 /// A number in `first` that is not one of a chunk is an error, one that is there twice is not.
+///
+/// An image with a raw file has no frames: the file is cloned if that can be done, else its bytes are stored as
+/// frames in the order of the chunks.
 pub fn reorder_image(
     staging: &mut Staging,
     image: &ImageReader,
@@ -26,6 +30,9 @@ pub fn reorder_image(
     control: Control<'_>,
 ) -> Result<WrittenImage, FormatError> {
     let record = image.record().clone();
+    if let Some(file) = image.raw() {
+        return write_raw_again(staging, image, file, control);
+    }
     let plan = Plan::new(image, first)?;
     let mut reader = image.chunks(0)?;
     plan.verify.iter().try_for_each(|chunk| reader.read(*chunk).map(|_| ()))?;
@@ -71,6 +78,7 @@ pub fn reorder_image(
         duplicate: plan.duplicate,
         parent: 0,
         patched: 0,
+        raw: 0,
         stored: data.length(),
     };
     let zero = zero_digest(chunk_size);
@@ -88,6 +96,8 @@ pub fn reorder_image(
                 written.parent += raw;
                 *old
             }
+            // An image with such records has a raw file.
+            Record::Raw { .. } => unreachable!("a raw image is written another way"),
             Record::Data { offset, length, digest } => Record::Data {
                 offset: moved(offset, length).unwrap_or_default(),
                 length: *length,
@@ -106,6 +116,33 @@ pub fn reorder_image(
     debug_assert_eq!(hasher.finish(image.index().layout()), written.record.digest);
     staging.finish(index)?;
     staging.finish(data)?;
+    Ok(written)
+}
+
+/// Writes an image that has the raw `file` again, every chunk verified.
+fn write_raw_again(
+    staging: &mut Staging,
+    image: &ImageReader,
+    file: &File,
+    control: Control<'_>,
+) -> Result<WrittenImage, FormatError> {
+    let record = image.record();
+    let options = ImageOptions { chunk_size: record.chunk_size, ..ImageOptions::default() };
+    let Some(clone) = staging.clone_file(&record.raw_file(), file, record.size)? else {
+        let source = ImageSource::new(image);
+        return write_image(staging, &record.name, &source, options, control);
+    };
+    let written = write_raw_image(staging, &record.name, clone, &|_, _| None, options, control)?;
+    if written.record.digest != record.digest {
+        // The index names the chunk.
+        image.verify(control)?;
+        return Err(FormatError::Digest {
+            file: record.raw_file(),
+            what: "the image as cloned".into(),
+            expected: record.digest,
+            found: written.record.digest,
+        });
+    }
     Ok(written)
 }
 

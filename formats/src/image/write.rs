@@ -43,7 +43,7 @@ impl Default for ImageOptions {
 
 impl ImageOptions {
     /// Whether the image `name` can be written so.
-    fn check(&self, name: &str) -> Result<(), FormatError> {
+    pub(super) fn check(&self, name: &str) -> Result<(), FormatError> {
         let Self { chunk_size, level } = *self;
         if !is_chunk_size(chunk_size) {
             let why = format!(
@@ -61,7 +61,7 @@ impl ImageOptions {
     }
 }
 
-/// What [`write_image`] wrote.
+/// What [`write_image`] or [`write_raw_image`](super::write_raw_image) wrote.
 #[derive(Clone, Debug)]
 pub struct WrittenImage {
     /// The image's record in the manifest.
@@ -74,6 +74,8 @@ pub struct WrittenImage {
     pub parent: u64,
     /// Bytes in chunks of which only the pages that differ from the parent's are stored.
     pub patched: u64,
+    /// Bytes in chunks that lie in the raw file, which shares them with the file that it is a clone of.
+    pub raw: u64,
     /// Bytes of all frames.
     pub stored: u64,
 }
@@ -190,7 +192,7 @@ fn write(
     let stored = data.length();
     staging.finish(index)?;
     staging.finish(data)?;
-    Ok(WrittenImage { record, zero: zeros, duplicate, parent, patched, stored })
+    Ok(WrittenImage { record, zero: zeros, duplicate, parent, patched, raw: 0, stored })
 }
 
 /// The chunks of a batch on their way from a worker to the writer. Its buffers go round, so that nothing

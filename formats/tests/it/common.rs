@@ -1,17 +1,21 @@
 //! A small snapshot, made with the public interface only.
 
 use std::{
-    fs,
-    io::{self, ErrorKind},
+    fs::{self, File},
+    io::{self, ErrorKind, Write},
+    os::{fd::BorrowedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Arc, Mutex},
 };
+
+use rustix::fs::{Mode, OFlags};
 
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{Content, Control, ImageOptions, Sink, Source, write_image},
-    manifest::{CpuIdentity, DiskRecord, DiskStorage, MachineInfo, Manifest},
+    image::{Content, Control, ImageOptions, Sink, Source, is_zero, write_image, write_raw_image},
+    layer::Layer,
+    manifest::{CpuIdentity, DiskRecord, DiskStorage, ImageRecord, MachineInfo, Manifest},
     persist::Section,
     publish::{Existing, Staging},
     sections::write_sections,
@@ -79,6 +83,55 @@ pub(crate) fn disk() -> Vec<u8> {
     bytes
 }
 
+/// A disk with noise, zeros, equal chunks and a short last one.
+pub(crate) fn raw_disk() -> Vec<u8> {
+    let mut bytes = memory()[2 << 16..6 << 16].to_vec();
+    bytes.extend_from_within(3 << 16..);
+    bytes.extend(disk());
+    bytes
+}
+
+/// A file system that can clone, for tests on one that cannot: it copies, and keeps holes.
+#[derive(Debug)]
+pub(crate) struct Copies;
+
+impl Layer for Copies {
+    fn clone_file(&self, dir: BorrowedFd<'_>, name: &str, file: &File) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+        let copy = File::from(rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?);
+        let size = file.metadata()?.len();
+        copy.set_len(size)?;
+        for at in (0..size).step_by(4096) {
+            let mut page = vec![0; (size - at).min(4096) as usize];
+            file.read_exact_at(&mut page, at)?;
+            if !is_zero(&page) {
+                copy.write_all_at(&page, at)?;
+            }
+        }
+        Ok(copy)
+    }
+}
+
+/// A file with those bytes that nobody else has.
+pub(crate) fn file_of(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// Makes `bytes`, which lie in a file, the raw image `name`, through a layer that can clone.
+pub(crate) fn write_raw(
+    staging: &mut Staging,
+    name: &str,
+    bytes: &[u8],
+    control: Control<'_>,
+) -> Result<ImageRecord, FormatError> {
+    let (raw, size) = (format!("{name}.raw"), bytes.len() as u64);
+    let clone = staging.clone_file(&raw, &file_of(bytes), size)?.expect("the layer can clone");
+    let options = ImageOptions::default();
+    Ok(write_raw_image(staging, name, clone, &|_, _| None, options, control)?.record)
+}
+
 pub(crate) fn sections() -> Vec<Section> {
     let section = |kind: &str, instance: &str, payload: &[u8]| Section {
         kind: kind.into(),
@@ -96,11 +149,30 @@ pub(crate) fn sections() -> Vec<Section> {
 
 /// Writes everything but the manifest.
 pub(crate) fn stage(staging: &mut Staging, control: Control<'_>) -> Result<Manifest, FormatError> {
+    stage_with(staging, control, |staging| {
+        let (source, options) = (Bytes(disk()), ImageOptions::default());
+        Ok(write_image(staging, "disk-root", &source, options, control)?.record)
+    })
+}
+
+/// Writes everything but the manifest; the disk is a raw image.
+pub(crate) fn stage_raw(
+    staging: &mut Staging,
+    control: Control<'_>,
+) -> Result<Manifest, FormatError> {
+    stage_with(staging, control, |staging| write_raw(staging, "disk-root", &raw_disk(), control))
+}
+
+/// Writes everything but the manifest; the disk is what `write_disk` writes.
+fn stage_with(
+    staging: &mut Staging,
+    control: Control<'_>,
+    write_disk: impl FnOnce(&mut Staging) -> Result<ImageRecord, FormatError>,
+) -> Result<Manifest, FormatError> {
     let sections = write_sections(staging, &sections())?;
     let memory =
         write_image(staging, "memory", &Bytes(memory()), ImageOptions::default(), control)?.record;
-    let disk =
-        write_image(staging, "disk-root", &Bytes(disk()), ImageOptions::default(), control)?.record;
+    let disk = write_disk(staging)?;
     Ok(Manifest {
         writer: "squib 0.3.0".into(),
         host: "linux x86_64".into(),
@@ -153,6 +225,21 @@ pub(crate) fn publish(path: &Path) -> Digest {
     let mut staging = Staging::new(path, Existing::Refuse).unwrap();
     let manifest = stage(&mut staging, Control::default()).unwrap();
     staging.publish(manifest).unwrap()
+}
+
+/// Publishes the sample snapshot with a raw disk at `path`.
+pub(crate) fn publish_raw(path: &Path) -> Digest {
+    let mut staging = Staging::with_layer(path, Existing::Refuse, Arc::new(Copies)).unwrap();
+    let manifest = stage_raw(&mut staging, Control::default()).unwrap();
+    staging.publish(manifest).unwrap()
+}
+
+/// A fresh sample snapshot with a raw disk, and the folder that keeps it.
+pub(crate) fn fresh_raw() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("snap");
+    publish_raw(&path);
+    (dir, path)
 }
 
 /// A fresh sample snapshot, and the folder that keeps it.

@@ -24,7 +24,7 @@ const FILES: [&str; 6] =
     ["disk-root.idx", "disk-root.zst", "manifest", "memory.idx", "memory.zst", "state"];
 
 /// What a restore does with a snapshot.
-fn restore(path: &Path) -> Result<(), FormatError> {
+pub(crate) fn restore(path: &Path) -> Result<(), FormatError> {
     let snapshot = Snapshot::open(path)?;
     drop(Sections::read(&snapshot)?);
     for record in &snapshot.manifest().images {
@@ -35,7 +35,12 @@ fn restore(path: &Path) -> Result<(), FormatError> {
 }
 
 /// Runs `damage` on the bytes of a file, checks, and puts the file back.
-fn with_damage(path: &Path, name: &str, damage: impl Fn(&mut Vec<u8>), check: impl Fn()) {
+pub(crate) fn with_damage(
+    path: &Path,
+    name: &str,
+    damage: impl Fn(&mut Vec<u8>),
+    check: impl Fn(),
+) {
     let file = path.join(name);
     let good = fs::read(&file).unwrap();
     let mut bad = good.clone();
@@ -46,14 +51,20 @@ fn with_damage(path: &Path, name: &str, damage: impl Fn(&mut Vec<u8>), check: im
 }
 
 /// Rewrites the manifest as a malicious writer would: every digest in it is right.
-fn rewrite(path: &Path, change: impl Fn(&mut Manifest)) {
+pub(crate) fn rewrite(path: &Path, change: impl Fn(&mut Manifest)) {
     let mut manifest = Snapshot::open(path).unwrap().manifest().clone();
     change(&mut manifest);
     for file in &mut manifest.files {
         let bytes = fs::read(path.join(&file.name)).unwrap();
-        (file.length, file.digest) = (bytes.len() as u64, Digest::of(&bytes));
+        file.length = bytes.len() as u64;
+        if !file.name.ends_with(".raw") {
+            file.digest = Digest::of(&bytes);
+        }
     }
-    let body = squib_formats::codec::encode("manifest", &manifest).unwrap();
+    let body = match manifest.minor() {
+        0 => squib_formats::codec::encode("manifest", &manifest).unwrap(),
+        _ => squib_formats::codec::encode("manifest", &(&manifest, None::<String>)).unwrap(),
+    };
     let header = Header::new(header::ARCH_AARCH64, manifest.minor(), &body).encode();
     fs::write(path.join("manifest"), [&header[..], &body].concat()).unwrap();
 }

@@ -86,6 +86,16 @@ impl Layer for Faulty {
         Real.create(dir, name)
     }
 
+    fn clone_file(&self, dir: BorrowedFd<'_>, name: &str, file: &File) -> io::Result<File> {
+        self.check("clone", Path::new(name))?;
+        common::Copies.clone_file(dir, name, file)
+    }
+
+    fn unlink(&self, dir: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+        self.check("unlink", Path::new(name))?;
+        Real.unlink(dir, name)
+    }
+
     fn write(&self, name: &str, file: &File, bytes: &[u8]) -> io::Result<usize> {
         let half = &bytes[..bytes.len().div_ceil(2)];
         match self.step("write", name) {
@@ -120,22 +130,23 @@ impl Layer for Faulty {
     }
 }
 
-/// What is written: a full snapshot, a difference, or a full one in the place of another.
+/// What is written: a full snapshot, one with a raw disk, a difference, or a full one in the place of another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Create {
     Full,
+    Raw,
     Diff,
     Replace,
 }
 
-const ALL: [Create; 3] = [Create::Full, Create::Diff, Create::Replace];
+const ALL: [Create; 4] = [Create::Full, Create::Raw, Create::Diff, Create::Replace];
 
 impl Create {
     /// A directory with what is there before.
     fn prepare(self) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         match self {
-            Self::Full => {}
+            Self::Full | Self::Raw => {}
             Self::Diff => drop(common::publish(&dir.path().join("base"))),
             Self::Replace => drop(common::publish(&dir.path().join("snap"))),
         }
@@ -147,11 +158,21 @@ impl Create {
     fn run(self, path: &Path, layer: Arc<Faulty>) -> Result<Digest, FormatError> {
         let existing = match self {
             Self::Replace => Existing::Replace,
-            Self::Full | Self::Diff => Existing::Refuse,
+            Self::Full | Self::Raw | Self::Diff => Existing::Refuse,
         };
         let mut staging = Staging::with_layer(path, existing, layer)?;
         if self != Self::Diff {
-            let mut manifest = common::stage(&mut staging, Control::default())?;
+            let mut manifest = match self {
+                Self::Raw => {
+                    // What is tried and not wanted leaves nothing behind.
+                    let file = common::file_of(b"tried");
+                    if let Some(clone) = staging.clone_file("disk-root.raw", &file, 5)? {
+                        staging.discard(clone)?;
+                    }
+                    common::stage_raw(&mut staging, Control::default())?
+                }
+                _ => common::stage(&mut staging, Control::default())?,
+            };
             manifest.machine.name = "new".into();
             return staging.publish(manifest);
         }
@@ -239,7 +260,11 @@ fn every_step_that_fails_is_named_and_leaves_all_as_it_was() {
                         let told = told.split(' ').next().unwrap();
                         assert_eq!(
                             told,
-                            if action == "make" { "create" } else { action },
+                            match action {
+                                "make" => "create",
+                                "unlink" => "remove",
+                                other => other,
+                            },
                             "{what}"
                         );
                     }

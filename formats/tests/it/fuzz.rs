@@ -136,12 +136,16 @@ fn write_the_first_entries() {
     targets::publish(&path, &memory).unwrap();
     let file = |name: &str| fs::read(path.join(name)).unwrap();
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
-    for (name, path) in [("full", "1.0/manifest"), ("diff", "1.1/diff/manifest")] {
+    let manifests =
+        [("full", "1.0/manifest"), ("diff", "1.1/diff/manifest"), ("raw", "1.2/diff/manifest")];
+    for (name, path) in manifests {
         put("manifest", name, &fs::read(format!("{golden}/{path}")).unwrap());
     }
     put("index", "full", &[&[100, 0, 0, 0xff, 0xff, 0], &file("memory.idx")[..]].concat());
     let diff = fs::read(format!("{golden}/1.1/diff/memory.idx")).unwrap();
     put("index", "diff", &[&[0, 2, 1, 0xff, 0xff, 8], &diff[..]].concat());
+    let raw = fs::read(format!("{golden}/1.2/full/disk-root.idx")).unwrap();
+    put("index", "raw", &[&[100, 2, 2, 0, 0, 0], &raw[..]].concat());
     put("section", "shapes", &[&[1], &targets::shapes()[..]].concat());
     put("working_set", "four", &fs::read(format!("{golden}/working-set-1")).unwrap());
 

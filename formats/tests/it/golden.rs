@@ -1,6 +1,6 @@
 //! Snapshots of every released format version are read for ever.
 
-use std::{env, path::Path};
+use std::{env, path::Path, sync::Arc};
 
 use crate::common::{self, Bytes, Target};
 use squib_formats::{
@@ -67,6 +67,42 @@ fn the_difference_of_format_1_1_reads_back_as_written() {
     }
 }
 
+/// The ids that the golden snapshots of format 1.2 had when they were written.
+const IDS_1_2: [&str; 2] = [
+    "bf7eb1f31f98696ff20abcfdc930ad7e336d7b242253930ec16d9bdcbbfe52a3",
+    "747bcfe65303bdcb22252e08777f8bf509fbcfab0c6331ff13d63764ad1683ff",
+];
+
+#[test]
+fn the_snapshots_of_format_1_2_read_back_as_written() {
+    for (name, id) in ["full", "diff"].into_iter().zip(IDS_1_2) {
+        let path = golden().join("1.2").join(name);
+        let verified =
+            verify(&path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+        let snapshot = verified.snapshot;
+        assert_eq!(snapshot.id().to_string(), id);
+        assert_eq!((snapshot.header().major, snapshot.header().minor), (1, 2));
+        assert_eq!(verified.unlisted, [""; 0]);
+        assert_eq!(snapshot.parent().is_some(), name == "diff");
+        let (memory, disk) = match name {
+            "full" => (common::memory(), common::raw_disk()),
+            _ => (changed_memory(), changed_raw_disk()),
+        };
+        for (name, expected) in [("memory", memory), ("disk-root", disk)] {
+            let target = Target::new(expected.len(), 0);
+            ImageReader::open(&snapshot, name).unwrap().load(&target, Control::default()).unwrap();
+            assert!(target.bytes.into_inner().unwrap() == expected, "{name}");
+        }
+    }
+}
+
+/// The sample's raw disk with its noise gone to zeros.
+fn changed_raw_disk() -> Vec<u8> {
+    let mut disk = common::raw_disk();
+    disk[..1 << 16].fill(0);
+    disk
+}
+
 /// Writes the golden snapshot of the current version: `SQUIB_GOLDEN=DIR cargo test -p squib-formats
 /// --test it golden -- --ignored`.
 #[test]
@@ -74,8 +110,8 @@ fn the_difference_of_format_1_1_reads_back_as_written() {
 fn write_the_golden_snapshot() {
     let dir = env::var_os("SQUIB_GOLDEN").expect("SQUIB_GOLDEN names the new directory");
     let dir = Path::new(&dir);
-    println!("{}", common::publish(&dir.join("parent")));
-    println!("{}", difference(&dir.join("diff"), &dir.join("parent")));
+    println!("{}", common::publish_raw(&dir.join("full")));
+    println!("{}", raw_difference(&dir.join("diff"), &dir.join("full")));
 }
 
 /// The sample's memory with one page of noise inverted, a chunk gone to zeros and a new one.
@@ -87,28 +123,21 @@ fn changed_memory() -> Vec<u8> {
     memory
 }
 
-/// Publishes a difference to the sample at `parent`.
-fn difference(path: &Path, parent: &Path) -> Digest {
+/// Publishes a difference to the sample with a raw disk at `parent`, with a raw disk of its own.
+fn raw_difference(path: &Path, parent: &Path) -> Digest {
     let parent = Snapshot::open(parent).unwrap();
-    let mut staging = Staging::new(path, Existing::Refuse).unwrap();
+    let layer = Arc::new(common::Copies);
+    let mut staging = Staging::with_layer(path, Existing::Refuse, layer).unwrap();
     let mut manifest = parent.manifest().clone();
     manifest.sections = write_sections(&mut staging, &common::sections()).unwrap();
-    let mut written = |name: &str, bytes| {
-        let base = ImageReader::open(&parent, name).unwrap();
-        write_diff(
-            &mut staging,
-            name,
-            &Bytes(bytes),
-            &base,
-            ImageOptions::default(),
-            Control::default(),
-        )
-        .unwrap()
-        .record
-    };
-    manifest.images =
-        vec![written("memory", changed_memory()), written("disk-root", common::disk())];
+    let base = ImageReader::open(&parent, "memory").unwrap();
+    let (source, options) = (Bytes(changed_memory()), ImageOptions::default());
+    let control = Control::default();
+    let memory = write_diff(&mut staging, "memory", &source, &base, options, control).unwrap();
+    let disk = common::write_raw(&mut staging, "disk-root", &changed_raw_disk(), control).unwrap();
+    manifest.machine.disks[0].digest = disk.digest;
+    manifest.images = vec![memory.record, disk];
     manifest.parent = Some(parent.id());
-    manifest.parent_hint = Some("../parent".into());
+    manifest.parent_hint = Some("../full".into());
     staging.publish(manifest).unwrap()
 }

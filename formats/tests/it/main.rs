@@ -7,6 +7,7 @@ mod faults;
 mod fuzz;
 mod golden;
 mod publishing;
+mod raw;
 mod reordering;
 mod round_trip;
 mod working_set;

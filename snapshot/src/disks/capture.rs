@@ -9,15 +9,15 @@ use squib_devices::{
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{CHUNK_SIZE, ImageOptions, ImageReader, WrittenImage},
+    image::{CHUNK_SIZE, ImageOptions, ImageReader, WrittenImage, write_raw_image},
     manifest::{DiskRecord, DiskStorage},
-    publish::Staging,
+    publish::{ClonedFile, Staging},
 };
 use squib_vmm::config::DiskConfig;
 
 use super::{DiskError, digest::digest as digest_of};
 use crate::{
-    capture::{DiskMode, Guest, Parent, write},
+    capture::{CaptureError, DiskMode, Guest, Parent, write},
     memory::{FrozenSource, PublishedBaseline},
     observe::{Phase, Run},
 };
@@ -28,6 +28,8 @@ pub(crate) struct Disk<'a> {
     path: String,
     mode: DiskMode,
     granules: Arc<DiskGranules>,
+    /// The file system has shown that it can clone the disk into the snapshot.
+    can_clone: bool,
 }
 
 impl<'a> Disk<'a> {
@@ -49,17 +51,51 @@ impl<'a> Disk<'a> {
             .into_os_string()
             .into_string()
             .map_err(|path| DiskError::Path { id: config.id.clone(), path: path.into() })?;
-        Ok(Self { config, path, mode, granules: guest.open_disk(config)? })
+        Ok(Self { config, path, mode, granules: guest.open_disk(config)?, can_clone: false })
     }
 
-    /// Holds the bytes of this moment, in which the guest is at rest; at most `limit` bytes are put aside.
-    pub(crate) fn freeze(self, limit: u64) -> Result<FrozenDisk<'a>, DiskError> {
-        match self.granules.freeze(limit) {
-            Some(frozen) => {
-                Ok(FrozenDisk { disk: self, frozen, digest: Digest([0; 32]), baseline: None })
-            }
-            None => Err(DiskError::Frozen { id: self.config.id.clone() }),
+    /// Finds out whether the disk can be cloned into the snapshot, while the guest still runs. A file system
+    /// writes out what it has of the disk in memory before it clones it; with that done once, the clone in the
+    /// pause has little left of it.
+    ///
+    /// A disk of which the parent has an image is stored as the difference to it.
+    pub(crate) fn try_clone(
+        &mut self,
+        staging: &Staging,
+        parent: Option<&Parent>,
+    ) -> Result<(), FormatError> {
+        let has_base = parent.is_some_and(|parent| parent.image(&self.image_name()).is_some());
+        if self.mode == DiskMode::Capture
+            && !has_base
+            && let Some(clone) = self.clone_into(staging)?
+        {
+            staging.discard(clone)?;
+            self.can_clone = true;
         }
+        Ok(())
+    }
+
+    /// The disk as it is now, as a file of the snapshot. `None` if that cannot be, or it is not all there.
+    fn clone_into(&self, staging: &Staging) -> Result<Option<ClonedFile>, FormatError> {
+        let granules = &self.granules;
+        if (0..granules.count()).any(|granule| granules.is_absent(granule)) {
+            return Ok(None);
+        }
+        let name = format!("{}.raw", self.image_name());
+        staging.clone_file(&name, granules.store().file(), granules.size())
+    }
+
+    /// Holds the bytes of this moment, in which the guest is at rest: in a clone if that can be; else at most
+    /// `limit` bytes are put aside.
+    pub(crate) fn freeze(
+        self,
+        limit: u64,
+        staging: &Staging,
+    ) -> Result<FrozenDisk<'a>, CaptureError> {
+        let frozen = self.granules.freeze(limit);
+        let frozen = frozen.ok_or_else(|| DiskError::Frozen { id: self.config.id.clone() })?;
+        let clone = if self.can_clone { self.clone_into(staging)? } else { None };
+        Ok(FrozenDisk { disk: self, frozen, clone, digest: Digest([0; 32]), baseline: None })
     }
 
     fn image_name(&self) -> String {
@@ -73,6 +109,8 @@ impl<'a> Disk<'a> {
 pub(crate) struct FrozenDisk<'a> {
     disk: Disk<'a>,
     frozen: Frozen<FileDisk>,
+    /// Its bytes, if the disk could be cloned, until they are an image.
+    clone: Option<ClonedFile>,
     /// Known once the disk has been taken.
     digest: Digest,
     /// What the disk's chunks hold, if the next capture can use it.
@@ -93,6 +131,23 @@ impl FrozenDisk<'_> {
         &self.disk.config.id
     }
 
+    /// Whether the guest may run without anything being put aside or lost.
+    pub(crate) fn is_safe(&self) -> bool {
+        self.clone.is_some() || self.disk.config.read_only
+    }
+
+    /// Lets the guest write without keeping what it writes over, if there is a clone that keeps it.
+    pub(crate) fn let_go(&self) {
+        if self.clone.is_none() {
+            return;
+        }
+        let (size, granule_size) = (self.frozen.size(), self.frozen.granule_size());
+        for granule in 0..size.div_ceil(granule_size) {
+            let offset = granule * granule_size;
+            self.frozen.skip(offset, (size - offset).min(granule_size) as usize);
+        }
+    }
+
     /// Writes the disk into the snapshot, or digests it where it stays.
     pub(crate) fn take(
         &mut self,
@@ -101,13 +156,18 @@ impl FrozenDisk<'_> {
         options: ImageOptions,
         run: &Run<'_>,
     ) -> Result<Option<WrittenImage>, FormatError> {
-        let Self { disk, frozen, digest, baseline } = self;
+        let Self { disk, frozen, clone, digest, baseline } = self;
         run.phase(Phase::Disk(disk.config.id.clone()), |control| match disk.mode {
             DiskMode::Capture => {
                 let name = disk.image_name();
-                let base = parent.and_then(|parent| parent.image(&name)).map(ImageReader::index);
-                let source = FrozenSource::new(frozen, base);
-                let image = write(staging, &name, &source, parent, options, control)?;
+                let image = if let Some(clone) = clone.take() {
+                    let known = |offset, len| frozen.known_digest(offset, len);
+                    write_raw_image(staging, &name, clone, &known, options, control)?
+                } else {
+                    let base = parent.and_then(|parent| parent.image(&name));
+                    let source = FrozenSource::new(frozen, base.map(ImageReader::index));
+                    write(staging, &name, &source, parent, options, control)?
+                };
                 *digest = image.record.digest;
                 if u64::from(image.record.chunk_size) == frozen.granule_size() {
                     *baseline = Some(Known::Image);
@@ -125,7 +185,7 @@ impl FrozenDisk<'_> {
 
     /// The disk's record in the manifest, once it has been taken.
     pub(crate) fn record(&self) -> DiskRecord {
-        let Disk { config, path, mode, granules } = &self.disk;
+        let Disk { config, path, mode, granules, can_clone: _ } = &self.disk;
         DiskRecord {
             id: config.id.clone(),
             path: path.clone(),

@@ -25,6 +25,11 @@ use squib_snapshot::{
 
 use crate::guest::{Asked, Still};
 
+/// Disks as frames, also where they could be cloned.
+fn frames() -> CaptureOptions<'static> {
+    CaptureOptions { reflink: false, ..CaptureOptions::default() }
+}
+
 fn names(path: &Path) -> Vec<String> {
     let entries = fs::read_dir(path).unwrap();
     let mut names: Vec<_> =
@@ -38,7 +43,7 @@ fn a_capture_holds_memory_disks_sections_and_configuration() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Still::new(dir.path());
     let path = dir.path().join("snap");
-    let captured = capture(&guest, &path, &CaptureOptions::default()).unwrap();
+    let captured = capture(&guest, &path, &frames()).unwrap();
     assert_eq!(guest.asked(), [Asked::Pause, Asked::Save, Asked::Resume]);
 
     let verified =
@@ -101,10 +106,10 @@ fn after_a_full_disk_the_guest_goes_on_and_nothing_is_left() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Still::new(dir.path());
     let path = dir.path().join("snap");
-    let whole = capture(&guest, &dir.path().join("whole"), &CaptureOptions::default()).unwrap();
+    let whole = capture(&guest, &dir.path().join("whole"), &frames()).unwrap();
     guest.asked();
     for limit in [0, 100, 10_000, whole.stored - 1, whole.stored + 10] {
-        let options = CaptureOptions { limit: Some(limit), ..CaptureOptions::default() };
+        let options = CaptureOptions { limit: Some(limit), ..frames() };
         let error = capture(&guest, &path, &options).unwrap_err();
         assert!(
             matches!(error, CaptureError::Format(FormatError::NoRoom { .. })),

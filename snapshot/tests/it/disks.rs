@@ -29,10 +29,10 @@ use squib_vmm::{
 };
 use vm_memory::VolatileSlice;
 
-const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 /// The last chunk is a short one.
-const SIZE: usize = 32 * CHUNK + 4096;
-const COUNT: u64 = 33;
+pub(crate) const SIZE: usize = 32 * CHUNK + 4096;
+pub(crate) const COUNT: u64 = 33;
 
 /// An arm64 Image that does nothing for ever.
 fn kernel() -> Vec<u8> {
@@ -47,14 +47,14 @@ fn kernel() -> Vec<u8> {
 }
 
 /// Every chunk is another one, but for some that are zeros.
-fn contents() -> Vec<u8> {
+pub(crate) fn contents() -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..SIZE).map(|at| (at / 4096 * 31 + at % 251) as u8).collect();
     bytes.chunks_mut(CHUNK).skip(1).step_by(4).for_each(|chunk| chunk.fill(0));
     bytes
 }
 
 /// A deterministic machine with the disks `root`, which the guest can write to, and `data`.
-fn machine(dir: &Path) -> Machine {
+pub(crate) fn machine(dir: &Path) -> Machine {
     fs::write(dir.join("Image"), kernel()).unwrap();
     let disk = |id: &str, read_only: bool| {
         let path = dir.join(id);
@@ -70,7 +70,7 @@ fn machine(dir: &Path) -> Machine {
     Machine::boot(config, Box::new(std::io::sink())).unwrap()
 }
 
-fn back(dir: &Path, path: &Path, disks: DiskLoad) -> Restored {
+pub(crate) fn back(dir: &Path, path: &Path, disks: DiskLoad) -> Restored {
     let disk_dir = tempfile::tempdir_in(dir).unwrap().keep();
     let options = RestoreOptions {
         disk_dir: Some(disk_dir),
@@ -85,18 +85,18 @@ fn granules<'a>(machine: &'a Machine, id: &str) -> &'a Arc<DiskGranules> {
     machine.disk_granules(id).unwrap()
 }
 
-fn absent(machine: &Machine) -> u64 {
+pub(crate) fn absent(machine: &Machine) -> u64 {
     let granules = granules(machine, "root");
     (0..granules.count()).filter(|granule| granules.is_absent(*granule)).count() as u64
 }
 
-fn changed(machine: &Machine, id: &str) -> Vec<u64> {
+pub(crate) fn changed(machine: &Machine, id: &str) -> Vec<u64> {
     let granules = granules(machine, id);
     (0..granules.count()).filter(|granule| granules.is_changed(*granule)).collect()
 }
 
 /// What a request of the guest's does.
-fn write(machine: &Machine, at: usize, bytes: &[u8]) {
+pub(crate) fn write(machine: &Machine, at: usize, bytes: &[u8]) {
     let disk = TrackedDisk::new(granules(machine, "root").clone());
     disk.write_at(at as u64, &[VolatileSlice::from(&mut bytes.to_vec()[..])]).unwrap();
 }
@@ -108,20 +108,24 @@ fn try_read(machine: &Machine, at: usize, len: usize) -> std::io::Result<Vec<u8>
     Ok(bytes)
 }
 
-fn read(machine: &Machine, at: usize, len: usize) -> Vec<u8> {
+pub(crate) fn read(machine: &Machine, at: usize, len: usize) -> Vec<u8> {
     try_read(machine, at, len).unwrap()
+}
+
+/// Disks as frames, also where they could be cloned.
+fn frames() -> CaptureOptions<'static> {
+    CaptureOptions { reflink: false, ..CaptureOptions::default() }
 }
 
 fn take(machine: &Machine, path: &Path, parent: Option<&Path>) -> Captured {
     let parent = parent.map(Path::to_owned);
-    let captured =
-        capture(machine, path, &CaptureOptions { parent, ..Default::default() }).unwrap();
+    let captured = capture(machine, path, &CaptureOptions { parent, ..frames() }).unwrap();
     verify(path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
     captured
 }
 
 /// The bytes of the captured disk in the snapshot at `path`.
-fn captured_bytes(path: &Path) -> Vec<u8> {
+pub(crate) fn captured_bytes(path: &Path) -> Vec<u8> {
     let snapshot = Snapshot::open_chain(path, &[]).unwrap();
     let image = ImageReader::open(&snapshot, "disk-root").unwrap();
     let mut reader = image.chunks(0).unwrap();
@@ -148,7 +152,7 @@ fn record(path: &Path, id: &str) -> DiskRecord {
     disks.iter().find(|disk| disk.id == id).unwrap().clone()
 }
 
-fn wait_for(what: impl Fn() -> bool) {
+pub(crate) fn wait_for(what: impl Fn() -> bool) {
     while !what() {
         thread::sleep(Duration::from_millis(1));
     }
@@ -274,7 +278,7 @@ fn a_damaged_chunk_ends_the_machine_that_touches_it_by_name() {
     // And a capture does not store anything else in its place.
     let machine = back(dir.path(), &path, DiskLoad::Demand).machine;
     let again = dir.path().join("again");
-    let error = capture(&machine, &again, &CaptureOptions::default()).unwrap_err().to_string();
+    let error = capture(&machine, &again, &frames()).unwrap_err().to_string();
     assert!(error.contains("disk-root.zst: chunk 12"), "{error}");
     assert!(!again.exists());
 }
@@ -292,7 +296,7 @@ fn a_damaged_chunk_that_is_overwritten_harms_nobody() {
 }
 
 /// Writes to a chunk of the disk's file behind the machine's back, so that reading it again would show.
-fn behind_its_back(machine: &Machine, disk: usize, chunk: usize) {
+pub(crate) fn behind_its_back(machine: &Machine, disk: usize, chunk: usize) {
     let file = fs::File::options().write(true).open(&machine.config().disks[disk].path).unwrap();
     file.write_all_at(b"nobody reads this", (chunk * CHUNK) as u64).unwrap();
 }
@@ -319,7 +323,7 @@ fn a_disk_that_is_referenced_again_is_digested_where_it_changed() {
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path());
     let disks = BTreeMap::from([("root".to_owned(), DiskMode::Reference)]);
-    let options = CaptureOptions { disks, ..CaptureOptions::default() };
+    let options = CaptureOptions { disks, ..frames() };
     let digest = || digest_file(&dir.path().join("root"), Control::default()).unwrap().digest;
     let (first, second) = (dir.path().join("1"), dir.path().join("2"));
     let captured = capture(&machine, &first, &options).unwrap();
@@ -356,7 +360,7 @@ fn a_captured_disk_of_any_chunk_size_is_known_again_where_it_lies() {
     for chunk_size in [16 << 10, 64 << 10, 256 << 10] {
         let path = dir.path().join(format!("of-{chunk_size}"));
         let image = ImageOptions { chunk_size, ..ImageOptions::default() };
-        capture(&guest, &path, &CaptureOptions { image, ..Default::default() }).unwrap();
+        capture(&guest, &path, &CaptureOptions { image, ..frames() }).unwrap();
         // The first machine has the disk itself.
         let copy = dir.path().join("copy");
         fs::copy(dir.path().join("root"), &copy).unwrap();
@@ -384,7 +388,7 @@ fn a_capture_that_fails_forgets_no_write() {
     write(&machine, 6 * CHUNK, &[4; 512]);
     for limit in [0, 1000, stored - 10] {
         let parent = Some(first.clone());
-        let options = CaptureOptions { parent, limit: Some(limit), ..CaptureOptions::default() };
+        let options = CaptureOptions { parent, limit: Some(limit), ..frames() };
         capture(&machine, &second, &options).unwrap_err();
         assert_eq!(changed(&machine, "root"), [6]);
     }
@@ -423,7 +427,7 @@ fn a_live_capture_holds_the_disk_of_the_moment() {
         let observer = Overtaken { machine, done: Mutex::default() };
         let run = Run { observer: &observer, ..Run::default() };
         let live = dir.path().join(format!("live-{at}"));
-        let options = CaptureOptions { live: true, run, ..CaptureOptions::default() };
+        let options = CaptureOptions { live: true, run, ..frames() };
         capture(machine, &live, &options).unwrap();
         assert!(*observer.done.lock());
         assert!(captured_bytes(&live) == contents());
@@ -461,7 +465,7 @@ fn a_guest_that_outruns_a_live_capture_of_its_disk_waits_and_is_not_corrupted() 
     let run = Run { observer: &observer, ..Run::default() };
     let live = dir.path().join("live");
     let aside = 2 * CHUNK as u64;
-    let options = CaptureOptions { live: true, aside, run, ..CaptureOptions::default() };
+    let options = CaptureOptions { live: true, aside, run, ..frames() };
     let captured = capture(&*machine, &live, &options).unwrap();
     assert!(captured.timings.throttled > 0);
     observer.writer.into_inner().unwrap().join().unwrap();

@@ -7,4 +7,5 @@ mod disks;
 mod guest;
 mod manage;
 mod memory;
+mod raw_disks;
 mod restores;

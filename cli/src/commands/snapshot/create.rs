@@ -40,6 +40,7 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         stop: args.stop,
         live: args.live,
         disk_mode: args.disk_modes.iter().flat_map(DiskModeArg::params).collect(),
+        no_reflink: args.no_reflink,
         level: args.level,
         chunk_size: args.chunk_size.map(chunk_size).transpose()?,
         threads: args.threads,

@@ -92,15 +92,20 @@ fn show(inspection: &Inspection) {
             duplicate_chunks,
             parent_chunks,
             patch_chunks,
+            raw_chunks,
             stored,
         } = image;
         let diff = match manifest.parent {
             Some(_) => format!(", {parent_chunks} the parent's, {patch_chunks} patched"),
             None => String::new(),
         };
+        let raw = match raw_chunks {
+            0 => String::new(),
+            _ => format!(", {raw_chunks} in the raw file"),
+        };
         println!(
             "image     {}: {} in {}; {chunks} chunks of {}, {zero_chunks} zero, \
-             {duplicate_chunks} duplicate{diff}",
+             {duplicate_chunks} duplicate{raw}{diff}",
             record.name,
             bytes(record.size),
             bytes(*stored),
