@@ -8,7 +8,6 @@ use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 use super::{
     Content, Control, ImageOptions, Layout, Record, Source, WrittenImage,
     digest::{ImageHasher, read_chunk},
-    is_hole,
     pipeline::run_in_order,
     zero_digest,
 };
@@ -17,6 +16,7 @@ use crate::{
     error::FormatError,
     manifest::ImageRecord,
     publish::{ClonedFile, Staging},
+    storage::is_hole,
 };
 
 /// Makes `clone`, whose name is that of the image's raw file, the image `name` of the snapshot. Its bytes are

@@ -17,9 +17,12 @@ use zstd::{bulk::Decompressor, zstd_safe};
 use super::{
     Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
     index::{Beside, Index, Parser},
-    is_hole, is_zero,
+    is_zero,
 };
-use crate::{digest::Digest, error::FormatError, manifest::ImageRecord, snapshot_dir::Snapshot};
+use crate::{
+    digest::Digest, error::FormatError, manifest::ImageRecord, snapshot_dir::Snapshot,
+    storage::is_hole,
+};
 
 /// Bytes of the index that are read at once; a multiple of [`RECORD_LEN`].
 const INDEX_STEP: usize = 4096 * RECORD_LEN;
