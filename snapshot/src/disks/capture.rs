@@ -211,7 +211,9 @@ impl FrozenDisk<'_> {
             Some(Known::Digests(digests)) => self.frozen.keep(digests),
             Some(Known::Image) => {
                 let name = self.disk.image_name();
-                self.frozen.keep(Arc::new(PublishedBaseline::new(snapshot, id, &name)));
+                let chunks = self.frozen.size().div_ceil(self.frozen.granule_size());
+                let baseline = PublishedBaseline::of_new(snapshot, id, &name, chunks);
+                self.frozen.keep(Arc::new(baseline));
             }
             None => {}
         }

@@ -17,9 +17,13 @@ pub(crate) struct ImageBaseline(pub(crate) Arc<ImageReader>);
 
 impl Baseline for ImageBaseline {
     fn digest(&self, granule: u64) -> Option<Digest> {
-        digest(self.0.index(), granule)
+        let index = self.0.index();
+        (granule < index.records().len() as u64).then(|| index.digest(granule))
     }
 }
+
+/// Chunks whose digests are kept from the start: 32 MiB of digests.
+const MOST_KEPT: usize = 1 << 20;
 
 /// The chunks of an image in a snapshot that lies on the disk. Its index is read when it is first needed; if
 /// the snapshot is gone by then, or is another, nothing is known.
@@ -27,13 +31,28 @@ pub(crate) struct PublishedBaseline {
     path: PathBuf,
     id: Digest,
     image: String,
-    index: OnceLock<Option<Index>>,
+    digests: OnceLock<Option<Vec<Digest>>>,
 }
 
 impl PublishedBaseline {
     pub(crate) fn new(path: &Path, id: Digest, image: &str) -> Self {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Self { path, id, image: image.to_owned(), index: OnceLock::new() }
+        Self { path, id, image: image.to_owned(), digests: OnceLock::new() }
+    }
+
+    /// Of a snapshot that has just been written: what it knows does not depend on how long that stays, unless
+    /// the image has more chunks than can be kept.
+    pub(crate) fn of_new(path: &Path, id: Digest, image: &str, chunks: u64) -> Self {
+        let baseline = Self::new(path, id, image);
+        if chunks <= MOST_KEPT as u64 {
+            baseline.digests();
+        }
+        baseline
+    }
+
+    fn digests(&self) -> Option<&Vec<Digest>> {
+        let read = || self.open().map(|index| index.digests().collect());
+        self.digests.get_or_init(read).as_ref()
     }
 
     fn open(&self) -> Option<Index> {
@@ -51,10 +70,6 @@ impl PublishedBaseline {
 
 impl Baseline for PublishedBaseline {
     fn digest(&self, granule: u64) -> Option<Digest> {
-        digest(self.index.get_or_init(|| self.open()).as_ref()?, granule)
+        self.digests()?.get(usize::try_from(granule).ok()?).copied()
     }
-}
-
-fn digest(index: &Index, granule: u64) -> Option<Digest> {
-    (granule < index.records().len() as u64).then(|| index.digest(granule))
 }

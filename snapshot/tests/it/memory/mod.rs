@@ -231,6 +231,22 @@ fn the_second_difference_holds_what_changed_since_the_first_only() {
 }
 
 #[test]
+fn what_a_snapshot_that_is_gone_held_is_still_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    capture(&machine, &at("base"), &CaptureOptions::default()).unwrap();
+    machine.run_until(START + 700).unwrap();
+    let parent = CaptureOptions { parent: Some(at("base")), ..CaptureOptions::default() };
+    capture(&machine, &at("gone"), &parent).unwrap();
+    fs::remove_dir_all(at("gone")).unwrap();
+    let frozen = machine.freeze(u64::MAX).unwrap();
+    let known = (0..machine.ram().granules().count())
+        .filter(|granule| frozen.known_digest(granule << 16, 1 << 16).is_some());
+    assert_eq!(known.count() as u64, machine.ram().granules().count());
+}
+
+#[test]
 fn a_difference_after_one_that_failed_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = snapshot(dir.path());
