@@ -192,6 +192,7 @@ fn write(
         created: 0,
         parent: None,
         parent_hint: None,
+        host_backend: None,
         machine: MachineInfo {
             name: String::new(),
             memory_size: image.record.size,

@@ -365,6 +365,7 @@ pub fn publish(path: &Path, memory: &[u8]) -> Result<Digest, squib_formats::erro
         created: 1,
         parent: None,
         parent_hint: None,
+        host_backend: None,
         machine: MachineInfo {
             name: "vm".into(),
             memory_size: image.size,

@@ -25,7 +25,7 @@ use squib_formats::{
 };
 use squib_vmm::{
     config::{DiskConfig, MachineConfig},
-    hypervisor::CpuIdentity,
+    hypervisor::{CpuIdentity, HostSystem},
     machine::{Hold, Machine, MachineError, RunState},
 };
 
@@ -61,6 +61,10 @@ pub trait Guest: Sync {
     fn freeze(&self, limit: u64) -> Result<Frozen<RamStore>, MachineError>;
     /// What it sees of its CPUs.
     fn cpu_identity(&self) -> CpuIdentity;
+    /// What is known of the host's system, if its backend is a part of it.
+    fn host_system(&self) -> Option<HostSystem> {
+        None
+    }
     /// The wall time that goes into the manifest, in nanoseconds since 1970-01-01 00:00 UTC. For a
     /// deterministic machine its own, so that equal runs give equal snapshots.
     fn wall_ns(&self) -> u64;
@@ -106,6 +110,10 @@ impl Guest for Machine {
 
     fn cpu_identity(&self) -> CpuIdentity {
         Machine::cpu_identity(self)
+    }
+
+    fn host_system(&self) -> Option<HostSystem> {
+        Machine::host_system(self)
     }
 
     fn wall_ns(&self) -> u64 {
@@ -385,6 +393,7 @@ fn capture_into(
         created,
         parent: parent.map(|parent| parent.snapshot.id()),
         parent_hint: parent.and_then(Parent::hint),
+        host_backend: guest.host_system().map(config::host_backend),
         machine: config::to_manifest(config, disks.iter().map(FrozenDisk::record).collect()),
         cpu: config::identity(guest.cpu_identity()),
         images,

@@ -15,7 +15,7 @@ use squib_formats::{
     error::FormatError,
     header::{self, Header},
     image::ImageReader,
-    manifest::{MEMORY_IMAGE, Manifest},
+    manifest::{HostBackend, MEMORY_IMAGE, Manifest},
     sections::Sections,
     snapshot_dir::Snapshot,
 };
@@ -54,7 +54,7 @@ pub struct Report {
     pub path: PathBuf,
     /// Its id, where this build can read its manifest.
     pub id: Option<Digest>,
-    /// Whether a restore would be accepted: every line is ok.
+    /// Whether a restore would be accepted, as far as that can be told: no line differs and nothing is missing.
     pub accepted: bool,
     /// One line a property.
     pub lines: Vec<Line>,
@@ -83,6 +83,8 @@ pub enum Verdict {
     Differs,
     /// Something that a restore needs is not there.
     Missing,
+    /// Only a restore can tell.
+    Unsure,
 }
 
 /// Compares the snapshot at `path` with this host and this build. Everything that a restore checks before
@@ -110,6 +112,7 @@ pub fn check(path: &Path, options: &CheckOptions<'_>) -> Result<Report, FormatEr
     report.age(manifest);
     let config = report.machine(manifest);
     report.cpu(manifest, config.as_ref());
+    report.host_build(manifest, config.as_ref());
     report.state(&snapshot, config.as_ref());
     // Without its parents the snapshot's own indexes can still be looked at.
     let chain = report.parents(path, &options.parents);
@@ -125,7 +128,7 @@ struct Lines(Vec<Line>);
 
 impl Lines {
     fn accepts(&self) -> bool {
-        self.0.iter().all(|line| line.verdict == Verdict::Ok)
+        self.0.iter().all(|line| matches!(line.verdict, Verdict::Ok | Verdict::Unsure))
     }
 
     fn finish(self, path: &Path, id: Option<Digest>) -> Report {
@@ -257,6 +260,26 @@ impl Lines {
             let text = mismatch.to_string();
             let found = text.strip_prefix(&*mismatch.what).map_or(&*text, |rest| &rest[2..]);
             self.differs(&*mismatch.what, found, "restore it on a host with the same CPU");
+        }
+    }
+
+    /// The host's system, where the backend is a part of it.
+    fn host_build(&mut self, manifest: &Manifest, config: Option<&MachineConfig>) {
+        let (Some(HostBackend { build, unreadable: _ }), Some(config)) =
+            (&manifest.host_backend, config)
+        else {
+            return;
+        };
+        match hypervisor::host_build(config) {
+            Ok(Some(here)) if here == *build => self.ok("host build", here),
+            Ok(Some(here)) => {
+                let found =
+                    format!("{build}, here {here}: it may refuse the interrupt controller's state");
+                let advice = "if a restore fails, use a host of that build or boot the guest anew";
+                self.push("host build".into(), Verdict::Unsure, found, Some(advice.to_owned()));
+            }
+            // The backend is not here, which has a line of its own.
+            Ok(None) | Err(_) => {}
         }
     }
 

@@ -108,8 +108,8 @@ pub fn name(register: u16) -> String {
     )
 }
 
-/// Arm ARM (DDI 0487) D24.2, ID registers of AArch64 state.
-const NAMES: [(u16, &str); 19] = [
+/// Arm ARM (DDI 0487) D24.2, ID registers of AArch64 state, and others that a backend may not tell.
+const NAMES: [(u16, &str); 21] = [
     (0xc000, "MIDR_EL1"),
     (0xc005, "MPIDR_EL1"),
     (0xc006, "REVIDR_EL1"),
@@ -129,6 +129,8 @@ const NAMES: [(u16, &str); 19] = [
     (0xc807, "AIDR_EL1"),
     (0xd801, "CTR_EL0"),
     (0xd807, "DCZID_EL0"),
+    (0xdf11, "CNTP_CTL_EL0"),
+    (0xdf12, "CNTP_CVAL_EL0"),
 ];
 
 /// A field: name, lowest bit, bits.

@@ -86,6 +86,12 @@ pub(crate) fn identity(identity: hypervisor::CpuIdentity) -> manifest::CpuIdenti
     manifest::CpuIdentity { backend, id_registers, counter_frequency: counter_hz }
 }
 
+/// The manifest's form of what is known of the host's system.
+pub(crate) fn host_backend(host: hypervisor::HostSystem) -> manifest::HostBackend {
+    let hypervisor::HostSystem { build, unreadable } = host;
+    manifest::HostBackend { build, unreadable }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

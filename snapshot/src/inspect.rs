@@ -14,6 +14,8 @@ use squib_formats::{
     snapshot_dir::Snapshot,
 };
 
+use crate::compat;
+
 /// What [`inspect`] finds. As JSON, digests are hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Inspection {
@@ -29,6 +31,8 @@ pub struct Inspection {
     pub writer_version: String,
     /// Where the parent was when the snapshot was written.
     pub parent_hint: Option<String>,
+    /// What the backend said of the host, if it was a part of its system.
+    pub host_backend: Option<HostBackendInspection>,
     /// The snapshots that it builds on, its parent first; `None` if they were not all found, or it is no
     /// difference.
     pub chain: Option<Vec<Link>>,
@@ -38,6 +42,15 @@ pub struct Inspection {
     pub images: Vec<ImageInspection>,
     /// Everything that the manifest says.
     pub manifest: Manifest,
+}
+
+/// A backend that is a part of the host's operating system, as it was there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HostBackendInspection {
+    /// Build of the operating system.
+    pub build: String,
+    /// Names of the registers that it did not let one read: they are no part of the vCPUs' state.
+    pub unreadable: Vec<String>,
 }
 
 /// A snapshot that another builds on.
@@ -120,6 +133,10 @@ pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatErr
         arch: header.arch_text(),
         writer_version: header.writer_text(),
         parent_hint: manifest.parent_hint.clone(),
+        host_backend: manifest.host_backend.as_ref().map(|host| HostBackendInspection {
+            build: host.build.clone(),
+            unreadable: host.unreadable.iter().map(|register| compat::name(*register)).collect(),
+        }),
         chain,
         stored,
         images,

@@ -15,7 +15,9 @@ use squib_formats::{
     error::FormatError,
     image::{Content, Control, ImageOptions, Sink, Source, is_zero, write_image, write_raw_image},
     layer::Layer,
-    manifest::{CpuIdentity, DiskRecord, DiskStorage, ImageRecord, MachineInfo, Manifest},
+    manifest::{
+        CpuIdentity, DiskRecord, DiskStorage, HostBackend, ImageRecord, MachineInfo, Manifest,
+    },
     persist::Section,
     publish::{Existing, Staging},
     sections::write_sections,
@@ -179,6 +181,7 @@ fn stage_with(
         created: 1_767_225_600_000_000_000,
         parent: None,
         parent_hint: None,
+        host_backend: None,
         machine: MachineInfo {
             name: "golden".into(),
             memory_size: memory.size,
@@ -232,6 +235,20 @@ pub(crate) fn publish_raw(path: &Path) -> Digest {
     let mut staging = Staging::with_layer(path, Existing::Refuse, Arc::new(Copies)).unwrap();
     let manifest = stage_raw(&mut staging, Control::default()).unwrap();
     staging.publish(manifest).unwrap()
+}
+
+/// Publishes the sample snapshot at `path`, as one of a backend that is a part of the host's system.
+pub(crate) fn publish_of_host(path: &Path) -> Digest {
+    let mut staging = Staging::new(path, Existing::Refuse).unwrap();
+    let mut manifest = stage(&mut staging, Control::default()).unwrap();
+    manifest.machine.backend = "hvf".into();
+    manifest.cpu.backend = "hvf".into();
+    manifest.host_backend = Some(host_backend());
+    staging.publish(manifest).unwrap()
+}
+
+pub(crate) fn host_backend() -> HostBackend {
+    HostBackend { build: "24A335".into(), unreadable: vec![0xdf11, 0xdf12] }
 }
 
 /// A fresh sample snapshot with a raw disk, and the folder that keeps it.

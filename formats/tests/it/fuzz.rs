@@ -136,8 +136,12 @@ fn write_the_first_entries() {
     targets::publish(&path, &memory).unwrap();
     let file = |name: &str| fs::read(path.join(name)).unwrap();
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
-    let manifests =
-        [("full", "1.0/manifest"), ("diff", "1.1/diff/manifest"), ("raw", "1.2/diff/manifest")];
+    let manifests = [
+        ("full", "1.0/manifest"),
+        ("diff", "1.1/diff/manifest"),
+        ("raw", "1.2/diff/manifest"),
+        ("host", "1.3/manifest"),
+    ];
     for (name, path) in manifests {
         put("manifest", name, &fs::read(format!("{golden}/{path}")).unwrap());
     }

@@ -96,6 +96,24 @@ fn the_snapshots_of_format_1_2_read_back_as_written() {
     }
 }
 
+/// The id that the golden snapshot of format 1.3 had when it was written.
+const ID_1_3: &str = "f1d6e862d5c80672b6f86f23951fb1fc2fc35a11b629cea9726676f4158aef89";
+
+#[test]
+fn the_snapshot_of_format_1_3_reads_back_as_written() {
+    let path = golden().join("1.3");
+    let verified =
+        verify(&path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+    let snapshot = verified.snapshot;
+    assert_eq!(snapshot.id().to_string(), ID_1_3);
+    assert_eq!((snapshot.header().major, snapshot.header().minor), (1, 3));
+    assert_eq!(snapshot.manifest().host_backend, Some(common::host_backend()));
+    assert_eq!(snapshot.manifest().cpu.backend, "hvf");
+    let target = Target::new(common::memory().len(), 0);
+    ImageReader::open(&snapshot, "memory").unwrap().load(&target, Control::default()).unwrap();
+    assert!(target.bytes.into_inner().unwrap() == common::memory());
+}
+
 /// The sample's raw disk with its noise gone to zeros.
 fn changed_raw_disk() -> Vec<u8> {
     let mut disk = common::raw_disk();
@@ -103,7 +121,7 @@ fn changed_raw_disk() -> Vec<u8> {
     disk
 }
 
-/// Writes the golden snapshot of the current version: `SQUIB_GOLDEN=DIR cargo test -p squib-formats
+/// Writes golden snapshots of the current version: `SQUIB_GOLDEN=DIR cargo test -p squib-formats
 /// --test it golden -- --ignored`.
 #[test]
 #[ignore = "writes a new golden snapshot"]
@@ -112,6 +130,7 @@ fn write_the_golden_snapshot() {
     let dir = Path::new(&dir);
     println!("{}", common::publish_raw(&dir.join("full")));
     println!("{}", raw_difference(&dir.join("diff"), &dir.join("full")));
+    println!("{}", common::publish_of_host(&dir.join("host")));
 }
 
 /// The sample's memory with one page of noise inverted, a chunk gone to zeros and a new one.

@@ -56,14 +56,20 @@ fn show(report: &Report) {
             Verdict::Ok => "ok",
             Verdict::Differs => "differs",
             Verdict::Missing => "missing",
+            Verdict::Unsure => "unsure",
         };
         println!("{verdict:<8}  {what:<width$}  {found}");
         if let Some(advice) = advice {
             println!("{:<8}  {:<width$}  -> {advice}", "", "");
         }
     }
-    let wrong = lines.iter().filter(|line| line.verdict != Verdict::Ok).count();
+    let count =
+        |wanted: &[Verdict]| lines.iter().filter(|line| wanted.contains(&line.verdict)).count();
+    let wrong = count(&[Verdict::Differs, Verdict::Missing]);
     match accepted {
+        true if count(&[Verdict::Unsure]) > 0 => {
+            println!("a restore would be tried: nothing is known to stand in its way");
+        }
         true => println!("a restore would be accepted"),
         false => println!("a restore would be refused: {wrong} of {} lines", lines.len()),
     }

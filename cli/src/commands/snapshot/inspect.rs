@@ -5,7 +5,9 @@ use squib_formats::{
     manifest::{DiskRecord, DiskStorage},
     snapshot_dir::Snapshot,
 };
-use squib_snapshot::inspect::{ImageInspection, Inspection, inspect as look};
+use squib_snapshot::inspect::{
+    HostBackendInspection, ImageInspection, Inspection, inspect as look,
+};
 
 use crate::{
     args::InspectArgs,
@@ -41,6 +43,7 @@ fn show(inspection: &Inspection) {
         arch,
         writer_version: _,
         parent_hint,
+        host_backend,
         chain,
         stored,
         images,
@@ -51,6 +54,12 @@ fn show(inspection: &Inspection) {
     println!("format    {format}, {arch}, {}", bytes(*stored));
     println!("created   {} by {}", utc(manifest.created), manifest.writer);
     println!("host      {}", manifest.host);
+    if let Some(HostBackendInspection { build, unreadable }) = host_backend {
+        println!("build     {build}, which may be the only one that takes this state");
+        if !unreadable.is_empty() {
+            println!("without   {}, which that host does not tell", unreadable.join(", "));
+        }
+    }
     if let Some(parent) = manifest.parent {
         match (chain, parent_hint) {
             (Some(chain), _) => {
