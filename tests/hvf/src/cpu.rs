@@ -13,6 +13,7 @@ use crate::{
     decode,
     gic::{self, Chip},
     rules::{self, Answer, BAD_ARGUMENT, violation},
+    system, time,
     vcpu::Entry,
     vm,
 };
@@ -45,29 +46,39 @@ pub(crate) struct Local {
     pub(crate) offset: u64,
     pub(crate) timer_masked: bool,
     cpu: Option<(Arc<Shared>, Cpu)>,
+    /// The virtual machine's counter.
+    counter: Arc<Counter>,
     /// The registers; true if they are newer than the CPU's.
     regs: Option<(CpuState, bool)>,
     pc: u64,
     expected: Pc,
     /// General register of a load that the caller has carried out.
     loading: Option<u8>,
+    /// One of the timers' outputs is high.
+    timer_line: bool,
     pub(crate) mpidr: Option<u64>,
     /// Registers of the framework that the software CPU lacks.
     extra: BTreeMap<u16, u64>,
 }
 
 impl Local {
-    pub(crate) fn new(entry: Arc<Entry>, exit: *mut hv::hv_vcpu_exit_t) -> Self {
+    pub(crate) fn new(
+        entry: Arc<Entry>,
+        exit: *mut hv::hv_vcpu_exit_t,
+        counter: Arc<Counter>,
+    ) -> Self {
         Self {
             entry,
             exit,
             offset: 0,
             timer_masked: false,
             cpu: None,
+            counter,
             regs: Some((reset(), true)),
             pc: 0,
             expected: Pc::Free,
             loading: None,
+            timer_line: false,
             mpidr: None,
             extra: BTreeMap::new(),
         }
@@ -134,7 +145,7 @@ impl Local {
         if reg == hv::hv_sys_reg_t::MPIDR_EL1 as u16 {
             return Ok(self.mpidr.unwrap_or(0));
         }
-        if needs_el2(reg) {
+        if needs_el2(reg) || system::is_secret(reg) {
             return Err(BAD_ARGUMENT);
         }
         if let Some((_, value)) = squib_soft::id_registers().iter().find(|(id, _)| id.0 == reg) {
@@ -155,7 +166,7 @@ impl Local {
         if reg == hv::hv_sys_reg_t::MPIDR_EL1 as u16 {
             return self.set_mpidr(value);
         }
-        if needs_el2(reg) {
+        if needs_el2(reg) || system::is_secret(reg) {
             return Err(BAD_ARGUMENT);
         }
         // op0 = 3, op1 = 0, CRn = 0.
@@ -182,6 +193,11 @@ impl Local {
         }
         if self.cpu.is_some() {
             return Err(violation("MPIDR_EL1 is set after a run"));
+        }
+        // The redistributors are numbered in that order whatever MPIDR_EL1 says.
+        if index != self.entry.order {
+            let order = self.entry.order;
+            return Err(violation(format!("vCPU {index} is made as number {order}")));
         }
         self.mpidr = Some(value);
         self.entry.set_index(index as u32);
@@ -233,7 +249,7 @@ impl Local {
                     return Err(violation("vCPUs run with different offsets of the counter"));
                 }
                 vm.counter.stop();
-                vm.counter.set(vm::mach_absolute_time().wrapping_sub(offset));
+                vm.counter.set(time::mach_absolute_time().wrapping_sub(offset));
                 vm.counter.start();
                 vm.offset = Some(offset);
             }
@@ -281,8 +297,13 @@ impl Local {
 
     fn execute(&mut self, index: u32, chip: &Chip) -> Answer {
         loop {
+            let allowance = time::allowance();
+            if allowance == Some(0) {
+                time::stand_still(&self.entry.exit_requested);
+            }
             let Some((_, cpu)) = &mut self.cpu else { return Err(BAD_ARGUMENT) };
-            let exit = cpu.run(None);
+            let limit = allowance.map(|allowance| cpu.retired() + allowance);
+            let exit = time::account(cpu, &self.counter, |cpu| cpu.run(limit));
             let pc = cpu.pc();
             self.pc = pc;
             // Behind the instruction, in all exits but a memory fault.
@@ -328,19 +349,37 @@ impl Local {
                     self.carried_out(at);
                     return self.trap(decode::syndrome(SMC, imm.into()), 0);
                 }
+                // With its own interrupt controller the framework sleeps itself.
+                Exit::Wfi if !rules::shows_wfi() => self.sleep(),
                 Exit::Wfi => {
                     self.carried_out(at);
                     return self.trap(decode::syndrome(WFX, 0), 0);
                 }
                 Exit::TimerLines { virt, phys } => {
+                    self.timer_line = virt || phys;
                     chip.gic.set_ppi(index, map::CNTV_INTID, virt);
                     chip.gic.set_ppi(index, map::CNTP_INTID, phys);
                 }
-                Exit::Kicked | Exit::Limit => {
+                Exit::Limit => {}
+                Exit::Kicked => {
                     self.entry.exit_requested.store(false, Ordering::SeqCst);
                     return self.leave(hv::hv_exit_reason_t::CANCELED, 0, 0);
                 }
             }
+        }
+    }
+
+    /// Waits for an interrupt, the timer or [`hv_vcpus_exit`](hv::hv_vcpus_exit).
+    fn sleep(&mut self) {
+        let Some((_, cpu)) = &mut self.cpu else { return };
+        let counter = &self.counter;
+        // One that has fired and did not end the sleep never will.
+        match cpu.next_timer().filter(|at| *at > counter.now() || !self.timer_line) {
+            Some(at) if counter.is_deterministic() => {
+                time::account(cpu, counter, |cpu| cpu.skip_to(at));
+            }
+            Some(_) => cpu.signals().wait(cpu.until_timer()),
+            None => cpu.signals().wait(None),
         }
     }
 

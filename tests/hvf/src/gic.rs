@@ -19,7 +19,7 @@ use squib_soft::Signals;
 use crate::{
     object::Object,
     rules::{Answer, BAD_ARGUMENT, begin, code, give, violation},
-    vcpu,
+    system, vcpu,
     vm::{self, Vm},
 };
 
@@ -29,8 +29,8 @@ const GICR_REGION: usize = 32 * GICR_SIZE;
 const MSI_SIZE: usize = 0x1_0000;
 const ALIGNMENT: usize = 0x1_0000;
 const SPIS: (u32, u32) = (32, 988);
-/// What every state begins with.
-const MAGIC: &[u8; 8] = b"standin1";
+/// What every state begins with, before the build of the host that made it.
+const MAGIC: &[u8] = b"standin1";
 
 /// The controller of the virtual machine.
 pub(crate) struct Chip {
@@ -164,7 +164,8 @@ fn state() -> Answer<Vec<u8>> {
     let reset = new_gic().0.save().cpus.swap_remove(0).icc;
     state.cpus.iter_mut().for_each(|cpu| cpu.icc = reset.clone());
     let section = Section::encode("0", &state).map_err(|_| BAD_ARGUMENT)?;
-    Ok([&MAGIC[..], &section.payload].concat())
+    let build = system::build();
+    Ok([MAGIC, &[build.len() as u8], build.as_bytes(), &section.payload].concat())
 }
 
 fn set_state(bytes: &[u8]) -> Answer {
@@ -178,7 +179,12 @@ fn set_state(bytes: &[u8]) -> Answer {
         vm.gic.clone().ok_or(BAD_ARGUMENT)
     })?;
     // A state of another build is refused, which is no mistake of the caller.
-    let payload = bytes.strip_prefix(MAGIC).ok_or(BAD_ARGUMENT)?;
+    let build = system::build();
+    let of_build = |bytes: &'_ [u8]| -> Option<usize> {
+        let after = bytes.strip_prefix(MAGIC)?.strip_prefix(&[build.len() as u8])?;
+        Some(bytes.len() - after.strip_prefix(build.as_bytes())?.len())
+    };
+    let payload = &bytes[of_build(bytes).ok_or(BAD_ARGUMENT)?..];
     let mut state = GicState::decode(GicState::VERSION, payload).map_err(|_| BAD_ARGUMENT)?;
     let kept: Vec<IccState> = chip.gic.save().cpus.into_iter().map(|cpu| cpu.icc).collect();
     for (cpu, icc) in state.cpus.iter_mut().zip(kept) {
@@ -373,6 +379,9 @@ unsafe extern "C" fn hv_gic_get_icc_reg(
 ) -> hv::hv_return_t {
     let answer = || {
         let index = vcpu::index(vcpu)?;
+        if system::is_secret(reg as u16) {
+            return Err(BAD_ARGUMENT);
+        }
         chip()?.gic.icc_read(index, reg as u16).ok_or(BAD_ARGUMENT)
     };
     // SAFETY: the caller gives a place for the answer.

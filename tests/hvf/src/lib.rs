@@ -15,6 +15,8 @@ mod decode;
 mod gic;
 mod object;
 mod rules;
+mod system;
+mod time;
 mod vcpu;
 mod vm;
 

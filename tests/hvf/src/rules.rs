@@ -8,7 +8,7 @@ use std::{
 use applevisor_sys::{hv_error_t, hv_return_t};
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::vm;
+use crate::{system, time, vm};
 
 static SESSION: Mutex<()> = Mutex::new(());
 static LOG: Mutex<Log> =
@@ -16,6 +16,7 @@ static LOG: Mutex<Log> =
 static CANCEL_EVERY: AtomicU32 = AtomicU32::new(0);
 static RUNS: AtomicU32 = AtomicU32::new(0);
 static NO_ISV: AtomicBool = AtomicBool::new(false);
+static WFI: AtomicBool = AtomicBool::new(false);
 
 struct Log {
     calls: BTreeMap<&'static str, u32>,
@@ -60,6 +61,12 @@ impl Session {
         NO_ISV.store(true, Ordering::SeqCst);
     }
 
+    /// Lets a WFI leave the guest. With an interrupt controller of its own the framework sleeps itself, at least
+    /// on the systems where that was seen.
+    pub fn show_wfi(&self) {
+        WFI.store(true, Ordering::SeqCst);
+    }
+
     /// How often each call was made since the session began.
     pub fn calls(&self) -> BTreeMap<&'static str, u32> {
         LOG.lock().calls.clone()
@@ -78,6 +85,9 @@ impl Session {
         drop(log);
         CANCEL_EVERY.store(0, Ordering::SeqCst);
         NO_ISV.store(false, Ordering::SeqCst);
+        WFI.store(false, Ordering::SeqCst);
+        system::reset();
+        time::reset();
     }
 }
 
@@ -131,6 +141,11 @@ pub(crate) fn cancel_this_run() -> bool {
 /// Whether this abort is to have no description.
 pub(crate) fn hide_this_access() -> bool {
     NO_ISV.swap(false, Ordering::SeqCst)
+}
+
+/// Whether a WFI leaves the guest.
+pub(crate) fn shows_wfi() -> bool {
+    WFI.load(Ordering::SeqCst)
 }
 
 /// A call's answer as a C function gives it.

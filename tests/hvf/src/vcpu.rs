@@ -30,6 +30,8 @@ thread_local! {
 #[derive(Default)]
 pub(crate) struct Entry {
     index: OnceLock<u32>,
+    /// How many vCPUs were made before it.
+    pub(crate) order: u64,
     pub(crate) running: AtomicBool,
     pub(crate) exit_requested: AtomicBool,
     signals: Mutex<Option<Arc<Signals>>>,
@@ -83,18 +85,18 @@ pub(crate) fn index(vcpu: u64) -> Answer<u32> {
 }
 
 fn create(vcpu: *mut u64, exit: *mut *const hv::hv_vcpu_exit_t) -> Answer {
-    let entry = Arc::new(Entry::default());
-    let id = vm::with(|vm| {
+    let (id, entry, counter) = vm::with(|vm| {
         let id = vm.next_vcpu;
         vm.next_vcpu += 1;
+        let entry = Arc::new(Entry { order: id, ..Entry::default() });
         vm.vcpus.insert(id, Arc::clone(&entry));
-        Ok(id)
+        Ok((id, entry, Arc::clone(&vm.counter)))
     })?;
     let none =
         hv::hv_vcpu_exit_exception_t { syndrome: 0, virtual_address: 0, physical_address: 0 };
     let shown = hv::hv_vcpu_exit_t { reason: hv::hv_exit_reason_t::UNKNOWN, exception: none };
     let shown = Box::into_raw(Box::new(shown));
-    OWN.with_borrow_mut(|own| own.insert(id, Local::new(entry, shown)));
+    OWN.with_borrow_mut(|own| own.insert(id, Local::new(entry, shown, counter)));
     // SAFETY: the caller gives places for both answers.
     unsafe {
         vcpu.write(id);

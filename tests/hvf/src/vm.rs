@@ -7,17 +7,17 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU8, Ordering},
     },
-    time::Instant,
 };
 
 use applevisor_sys as hv;
 use parking_lot::Mutex;
-use squib_soft::{CNTFRQ_HZ, Counter, Granules, READABLE, Ram, Shared, WRITABLE};
+use squib_soft::{Counter, Granules, READABLE, Ram, Shared, WRITABLE};
 
 use crate::{
     gic::Chip,
     object::Object,
     rules::{Answer, BAD_ARGUMENT, begin, code, give, violation},
+    time,
     vcpu::Entry,
 };
 
@@ -236,7 +236,7 @@ unsafe extern "C" fn hv_vm_create(config: *mut c_void) -> hv::hv_return_t {
             access: (0..pages).map(|_| AtomicU8::new(0)).collect(),
             delta: None,
             shared: None,
-            counter: Arc::new(Counter::host(0)),
+            counter: Arc::new(time::new_counter()),
             offset: None,
             gic: None,
             vcpus: BTreeMap::new(),
@@ -271,24 +271,6 @@ extern "C" fn hv_vm_destroy() -> hv::hv_return_t {
 unsafe extern "C" fn hv_vm_get_max_vcpu_count(count: *mut u32) -> hv::hv_return_t {
     // SAFETY: the caller gives a place for the answer.
     unsafe { give("hv_vm_get_max_vcpu_count", count, || Ok(MAX_VCPUS)) }
-}
-
-/// The host's counter: nanoseconds, since that is what the software CPU counts.
-#[unsafe(no_mangle)]
-pub(crate) extern "C" fn mach_absolute_time() -> u64 {
-    static START: Mutex<Option<Instant>> = Mutex::new(None);
-    // A host is never just booted.
-    const UP: u64 = 1_000_000_000_000;
-    UP + START.lock().get_or_insert_with(Instant::now).elapsed().as_nanos() as u64
-}
-
-const _: () = assert!(CNTFRQ_HZ == 1_000_000_000);
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn mach_timebase_info(info: *mut [u32; 2]) -> i32 {
-    // SAFETY: the caller gives a place for numerator and denominator.
-    unsafe { info.write([1, 1]) };
-    0
 }
 
 /// Whether something lives and may be used; kept here for all who answer for vCPUs.

@@ -19,7 +19,7 @@ use squib_devices::{
 use squib_formats::persist::{PersistError, Section};
 
 pub use soft::SoftVm;
-pub use state::{ExclusiveMonitor, VcpuState};
+pub use state::{ExclusiveMonitor, HvfGicState, VcpuState};
 
 use crate::config::{BackendKind, MachineConfig};
 
@@ -50,6 +50,16 @@ pub fn identity(config: &MachineConfig) -> Result<CpuIdentity, HypervisorError> 
     }
 }
 
+/// The build of the host's operating system, if the backend of `config` is a part of it: what
+/// [`HostSystem::build`] of that machine answers.
+pub fn host_build(config: &MachineConfig) -> Result<Option<String>, HypervisorError> {
+    match config.backend {
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+        BackendKind::Hvf => Ok(Some((hvf_entry()?.host_build)())),
+        _ => Ok(None),
+    }
+}
+
 #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
 fn hvf_entry() -> Result<hvf::Entry, HypervisorError> {
     hvf::entry().ok_or_else(|| unavailable(BackendKind::Hvf))
@@ -60,7 +70,14 @@ pub trait Vm: Send + Sync {
     /// What the guest sees of its CPUs.
     fn identity(&self) -> CpuIdentity;
 
-    /// Makes vCPU `index` in its reset state. Called once for each, on the thread that will run it.
+    /// What is known of the host's operating system, if the backend is a part of it. Called when all vCPUs
+    /// exist.
+    fn host_system(&self) -> Option<HostSystem> {
+        None
+    }
+
+    /// Makes vCPU `index` in its reset state. Called once for each, in their order, on the thread that will
+    /// run it.
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, HypervisorError>;
 
     /// The shared interrupts' inputs.
@@ -73,10 +90,10 @@ pub trait Vm: Send + Sync {
     fn irq_chip_kind(&self) -> &'static str;
 
     /// The interrupt chip's state as one section. Called while no vCPU runs.
-    fn save_irq_chip(&self) -> Result<Section, PersistError>;
+    fn save_irq_chip(&self) -> Result<Section, HypervisorError>;
 
     /// Takes over the interrupt chip's state. Called when all vCPUs exist and none has run.
-    fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError>;
+    fn restore_irq_chip(&self, section: &Section) -> Result<(), HypervisorError>;
 
     /// Makes the next write to any granule of RAM an [`Exit::MemoryFault`], unless the
     /// [`Granules`](squib_devices::granules::Granules) of the RAM allow it by then. They have taken the right
@@ -200,6 +217,16 @@ pub struct CpuIdentity {
     pub counter_hz: u64,
     /// ID registers (op0, op1, CRn, CRm, op2 packed as in MRS bits 20 to 5) and values, by encoding.
     pub id_registers: Vec<(u16, u64)>,
+}
+
+/// A backend that is a part of the host's operating system; part of a snapshot's manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostSystem {
+    /// Build of the operating system.
+    pub build: String,
+    /// Registers of the vCPUs that it does not let one read, by encoding in ascending order. They are no part
+    /// of [`VcpuState`].
+    pub unreadable: Vec<u16>,
 }
 
 /// What a backend cannot do.

@@ -102,12 +102,12 @@ impl Vm for SoftVm {
         GicState::KIND
     }
 
-    fn save_irq_chip(&self) -> Result<Section, PersistError> {
-        self.gic.save_section("0")
+    fn save_irq_chip(&self) -> Result<Section, HypervisorError> {
+        Ok(self.gic.save_section("0")?)
     }
 
-    fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError> {
-        self.gic.restore_section(section)
+    fn restore_irq_chip(&self, section: &Section) -> Result<(), HypervisorError> {
+        Ok(self.gic.restore_section(section)?)
     }
 
     /// The CPUs look at the granules of the RAM themselves; only what they remember has to be forgotten.

@@ -48,3 +48,17 @@ pub struct ExclusiveMonitor {
 }
 
 first_version!(VcpuState, "vcpu");
+
+/// The interrupt controller as Hypervisor.framework saves it. Every build knows the form, so that it can tell
+/// what it cannot restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HvfGicState {
+    /// Whose bytes these are: "hvf".
+    pub backend: String,
+    /// Build of the operating system that wrote them.
+    pub host_build: String,
+    /// The framework's own form, opaque.
+    pub bytes: Vec<u8>,
+}
+
+first_version!(HvfGicState, "hvf-gic");

@@ -18,7 +18,7 @@ use squib_devices::{
 use squib_formats::persist::{self, PersistError, Section, Versioned};
 
 use super::{
-    Control, Machine, Part,
+    Control, Machine, Part, chip_error,
     console::{ConsoleInput, Feed, Output},
     devices,
     gate::Gate,
@@ -134,16 +134,13 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Starts the vCPU threads and waits until each has made its vCPU.
+    /// Starts the vCPU threads. Each makes its vCPU before the next one begins: a backend may number its
+    /// redistributors in the order in which vCPUs are made.
     fn start_vcpus(&mut self) -> Result<(), MachineError> {
-        let mut answers = Vec::new();
-        for index in 0..self.config.vcpus {
+        for vcpu in 0..self.config.vcpus {
             let (ready, answer) = mpsc::sync_channel(1);
             let board = Arc::clone(&self.board);
-            self.spawn(&format!("vcpu{index}"), move || vcpu_thread(&board, index, ready))?;
-            answers.push((index, answer));
-        }
-        for (vcpu, answer) in answers {
+            self.spawn(&format!("vcpu{vcpu}"), move || vcpu_thread(&board, vcpu, ready))?;
             answer.recv().map_err(|_| MachineError::VcpuGone { vcpu })??;
         }
         Ok(())
@@ -210,7 +207,7 @@ impl Machine {
         let vm = &self.board.vm;
         let chip = vm.irq_chip_kind();
         vm.restore_irq_chip(&take(chip, "0")?)
-            .map_err(|source| state_error(section_name(chip, "0"), source))?;
+            .map_err(|error| chip_error(section_name(chip, "0"), error))?;
 
         let time = decode::<TimeState>(&take(TimeState::KIND, "0")?)?;
         self.restore_time(&time, options.clock)

@@ -60,7 +60,7 @@ use self::{alarm::AlarmClock, console::Output, vcpu::Board};
 use crate::{
     boot,
     config::MachineConfig,
-    hypervisor::{CpuIdentity, SystemCounter},
+    hypervisor::{CpuIdentity, HostSystem, HypervisorError, SystemCounter},
 };
 
 /// How long [`Machine::run_until`] gives devices to come to rest. A deterministic machine's devices
@@ -210,7 +210,7 @@ impl Machine {
         );
         let vm = &self.board.vm;
         let chip = vm.save_irq_chip();
-        sections.push(chip.map_err(|source| state_error(vm.irq_chip_kind(), source))?);
+        sections.push(chip.map_err(|error| chip_error(vm.irq_chip_kind(), error))?);
         sections.push(self.encode("0", "psci", || persist::save_section("0", &*self.board.psci))?);
         for index in 0..self.config.vcpus {
             let state = self.on_vcpu(index, |vcpu| vcpu.save())??;
@@ -326,6 +326,11 @@ impl Machine {
         self.board.vm.identity()
     }
 
+    /// What is known of the host's operating system, if the backend is a part of it.
+    pub fn host_system(&self) -> Option<HostSystem> {
+        self.board.vm.host_system()
+    }
+
     /// When things first happened.
     pub fn timings(&self) -> &Timings {
         &self.board.timings
@@ -437,6 +442,14 @@ impl Drop for Machine {
 
 fn section_name(kind: &str, instance: &str) -> String {
     format!("`{kind}` {instance}")
+}
+
+/// Saving or taking over the interrupt chip failed.
+fn chip_error(instance: impl Into<String>, error: HypervisorError) -> MachineError {
+    match error {
+        HypervisorError::State(source) => state_error(instance, source),
+        other => other.into(),
+    }
 }
 
 fn state_error(instance: impl Into<String>, source: PersistError) -> MachineError {

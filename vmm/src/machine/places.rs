@@ -11,8 +11,8 @@ use squib_formats::persist::{PersistError, Section, Versioned};
 
 use super::types::TimeState;
 use crate::{
-    config::{MachineConfig, RNG_ID},
-    hypervisor::VcpuState,
+    config::{BackendKind, MachineConfig, RNG_ID},
+    hypervisor::{HvfGicState, VcpuState},
     psci::PsciState,
 };
 
@@ -40,7 +40,7 @@ impl Place {
     }
 }
 
-/// The sections of a machine of `config` on the software CPU, in the order in which
+/// The sections of a machine of `config`, in the order in which
 /// [`Machine::save`](super::Machine::save) gives them.
 pub fn places(config: &MachineConfig) -> Vec<Place> {
     let mut places = vec![Place::of::<SerialState>("0"), Place::of::<RtcState>("0")];
@@ -49,7 +49,12 @@ pub fn places(config: &MachineConfig) -> Vec<Place> {
         places.push(Place::of::<RngState>(RNG_ID));
     }
     places.push(Place::of::<VmGenIdState>("0"));
-    places.push(Place::of::<GicState>("0"));
+    match config.backend {
+        BackendKind::Soft => places.push(Place::of::<GicState>("0")),
+        BackendKind::Hvf => places.push(Place::of::<HvfGicState>("0")),
+        // No build has it, so that none knows how it keeps its interrupt chip.
+        BackendKind::Kvm => {}
+    }
     places.push(Place::of::<PsciState>("0"));
     places.extend((0..config.vcpus).map(|n| Place::of::<VcpuState>(n.to_string())));
     places.push(Place::of::<TimeState>("0"));

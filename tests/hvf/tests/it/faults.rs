@@ -100,7 +100,7 @@ fn an_error_says_what_usually_helps() {
     let busy = said("hv_vm_create", hv_error_t::HV_BUSY);
     assert!(busy.contains("one virtual machine a process"), "{busy}");
     let refused = said("hv_gic_set_state", hv_error_t::HV_BAD_ARGUMENT);
-    assert!(refused.contains("was the host updated"), "{refused}");
+    assert!(refused.contains("it was made on this build"), "{refused}");
     let register = said("hv_vcpu_set_simd_fp_reg", hv_error_t::HV_ERROR);
     assert!(register.contains("vCPU 0: setting Q"), "{register}");
     let memory = said("hv_vm_map", hv_error_t::HV_NO_RESOURCES);

@@ -6,3 +6,4 @@ mod faults;
 mod machine;
 mod rules;
 mod snapshots;
+mod transparency;

@@ -9,13 +9,12 @@ use squib_devices::{
 };
 use squib_formats::persist::{PersistError, Section, Versioned};
 
-pub use state::HvfGicState;
-
 use super::{
     Machine,
-    error::{Doing, HvfError, SETTING_GIC},
+    error::{Doing, HvfError},
     sys,
 };
+use crate::hypervisor::{HvfGicState, HypervisorError};
 
 /// Message-signalled interrupts, which no device here sends; without a region for them the distributor does
 /// not work. It lies between the distributor and the redistributors.
@@ -92,56 +91,33 @@ impl IrqChip for Lines {
         if let Err(error) = driven.doing(|| format!("driving interrupt {intid} to {level}")) {
             // A device cannot do anything about it, and the guest must not go on without.
             machine.lost.lock().get_or_insert(error);
-            machine.idle.ring();
+            machine.interrupt_all();
         }
         if level {
-            machine.idle.ring();
+            machine.idle.wake();
         }
     }
 }
 
 /// The controller's state but for the CPU interfaces, which only their vCPUs' threads can read: those stand
 /// with the system registers of the vCPUs.
-pub(super) fn save(machine: &Machine) -> Result<Section, PersistError> {
-    let refused = |error: HvfError| invalid("bytes", error.to_string());
+pub(super) fn save(machine: &Machine) -> Result<Section, HypervisorError> {
     let saving = || "saving the interrupt controller's state".to_owned();
-    let mut state = machine.vm.gic_state_create().doing(saving).map_err(refused)?;
-    let mut bytes = vec![0; state.size().doing(saving).map_err(refused)?];
-    state.get(&mut bytes).doing(saving).map_err(refused)?;
+    let mut state = machine.vm.gic_state_create().doing(saving)?;
+    let mut bytes = vec![0; state.size().doing(saving)?];
+    state.get(&mut bytes).doing(saving)?;
     let backend = "hvf".to_owned();
-    Section::encode("0", &HvfGicState { backend, host_build: sys::host_build(), bytes })
+    Ok(Section::encode("0", &HvfGicState { backend, host_build: sys::host_build(), bytes })?)
 }
 
-pub(super) fn restore(section: &Section) -> Result<(), PersistError> {
+pub(super) fn restore(section: &Section) -> Result<(), HypervisorError> {
     let HvfGicState { backend, host_build, bytes } = section.decode()?;
     if backend != "hvf" {
-        return Err(invalid("backend", format!("`{backend}`, here it is `hvf`")));
+        let why = format!("`{backend}`, here it is `hvf`");
+        return Err(PersistError::invalid(HvfGicState::KIND, "backend", why).into());
     }
-    sys::set_gic_state(&bytes).doing(|| SETTING_GIC.to_owned()).map_err(|error| {
-        let here = sys::host_build();
-        invalid("bytes", format!("{error} (it was made on build {host_build}, this is {here})"))
+    sys::set_gic_state(&bytes).map_err(|code| {
+        let (made_on, here) = (host_build, sys::host_build());
+        HvfError::ChipState { made_on, here, code }.into()
     })
-}
-
-fn invalid(field: &'static str, why: String) -> PersistError {
-    PersistError::invalid(HvfGicState::KIND, field, why)
-}
-
-/// The saved form.
-mod state {
-    use serde::{Deserialize, Serialize};
-    use squib_formats::first_version;
-
-    /// The interrupt controller as Hypervisor.framework saves it.
-    #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-    pub struct HvfGicState {
-        /// Whose bytes these are: "hvf".
-        pub backend: String,
-        /// Build of the operating system that wrote them.
-        pub host_build: String,
-        /// The framework's own form, opaque.
-        pub bytes: Vec<u8>,
-    }
-
-    first_version!(HvfGicState, "hvf-gic");
 }

@@ -37,6 +37,19 @@ pub enum HvfError {
         /// What the machine has room for.
         needed: u64,
     },
+    /// The framework does not take the saved state of an interrupt controller.
+    #[error(
+        "Hypervisor.framework: setting the interrupt controller's state: {code}; {}",
+        chip_help(.made_on, .here)
+    )]
+    ChipState {
+        /// Build of the operating system that made it.
+        made_on: String,
+        /// Build of this host's.
+        here: String,
+        /// What the framework answered.
+        code: Code,
+    },
     /// More of something than this host's framework can give.
     #[error("{wanted} {what} are wanted, this host's framework has at most {most}")]
     Limit {
@@ -118,7 +131,6 @@ impl<T> Doing<T> for Result<T, Code> {
 
 /// What being done makes "denied" or "busy" mean.
 pub(super) const CREATING_VM: &str = "creating the virtual machine";
-pub(super) const SETTING_GIC: &str = "setting the interrupt controller's state";
 
 fn help(code: Code, doing: &str) -> &'static str {
     match code {
@@ -131,10 +143,19 @@ fn help(code: Code, doing: &str) -> &'static str {
         Code::Unsupported if doing == CREATING_VM => {
             "; the host is too old or is itself a virtual machine: macOS 15 on Apple silicon is needed"
         }
-        _ if doing == SETTING_GIC => {
-            "; the framework takes only states of its own build: was the host updated since the snapshot was made?"
-        }
         Code::NoResources => "; another program may use up the host's virtual machines or memory",
         _ => "",
+    }
+}
+
+/// The state is the framework's own, and only its build knows which it takes.
+fn chip_help(made_on: &str, here: &str) -> String {
+    match made_on == here {
+        true => format!(
+            "it was made on this build, {here}: the snapshot is damaged or of another machine"
+        ),
+        false => format!(
+            "it was made on build {made_on} and this host has {here}: restore it on a host of that build, or boot the guest anew"
+        ),
     }
 }

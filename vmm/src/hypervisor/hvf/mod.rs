@@ -21,8 +21,8 @@ mod vcpu;
 use std::sync::{Arc, OnceLock};
 
 use applevisor::prelude::{
-    FeatureReg, GicEnabled, Vcpu as Cpu, VcpuConfig, VirtualMachine, VirtualMachineConfig,
-    VirtualMachineInstance,
+    FeatureReg, GicEnabled, Vcpu as Cpu, VcpuConfig, VcpuHandle, VirtualMachine,
+    VirtualMachineConfig, VirtualMachineInstance,
 };
 use parking_lot::Mutex;
 use squib_devices::{
@@ -31,9 +31,8 @@ use squib_devices::{
     map::{self, Range},
     memory::GuestRam,
 };
-use squib_formats::persist::{PersistError, Section, Versioned};
+use squib_formats::persist::{Section, Versioned};
 
-pub use chip::HvfGicState;
 pub use error::HvfError;
 
 use self::{
@@ -45,7 +44,7 @@ use self::{
     stage2::Stage2,
     vcpu::HvfVcpu,
 };
-use super::{CpuIdentity, HypervisorError, SystemCounter, Vcpu, Vm};
+use super::{CpuIdentity, HostSystem, HvfGicState, HypervisorError, SystemCounter, Vcpu, Vm};
 use crate::config::{BackendKind, MachineConfig};
 
 type Create = fn(&MachineConfig, &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError>;
@@ -56,9 +55,10 @@ type Create = fn(&MachineConfig, &GuestRam) -> Result<Arc<dyn Vm>, HypervisorErr
 pub(super) struct Entry {
     pub(super) create: Create,
     pub(super) identity: fn() -> Result<CpuIdentity, HypervisorError>,
+    pub(super) host_build: fn() -> String,
 }
 
-const ENTRY: Entry = Entry { create, identity };
+const ENTRY: Entry = Entry { create, identity, host_build: sys::host_build };
 
 static STAND_IN: OnceLock<Entry> = OnceLock::new();
 
@@ -96,8 +96,29 @@ struct Machine {
     counter: Arc<HvfCounter>,
     idle: Idle,
     vcpus: u32,
+    /// Registers that cannot be read, as the first vCPU finds out.
+    unreadable: OnceLock<Vec<u16>>,
+    /// The vCPUs that were made.
+    handles: Mutex<Vec<VcpuHandle>>,
     /// Why a device's interrupt was lost: the next run of any vCPU says so and ends the machine.
     lost: Mutex<Option<HvfError>>,
+}
+
+impl Machine {
+    /// Makes all vCPUs leave the guest, those too that sleep in a WFI there.
+    fn interrupt_all(&self) {
+        self.idle.wake();
+        self.handles.lock().iter().for_each(|handle| self.interrupt(handle));
+    }
+
+    /// Makes one vCPU leave the guest now, or at once when it enters it next.
+    fn interrupt(&self, handle: &VcpuHandle) {
+        if handle.is_valid()
+            && let Err(code) = self.vm.vcpus_exit(std::slice::from_ref(handle))
+        {
+            tracing::error!("a vCPU cannot be made to leave the guest: {code}");
+        }
+    }
 }
 
 impl Drop for Machine {
@@ -120,9 +141,16 @@ fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hypervi
     let vm_config = address_space(ram)?;
     let chip = chip::config()?;
     let vm = VirtualMachine::with_gic(vm_config, chip).doing(|| CREATING_VM.to_owned())?;
-    let (idle, lost) = (Idle::default(), Mutex::default());
-    let machine = Machine { vm, stage2, counter, idle, vcpus: config.vcpus, lost };
-    Ok(Arc::new(HvfVm(Arc::new(machine))))
+    Ok(Arc::new(HvfVm(Arc::new(Machine {
+        vm,
+        stage2,
+        counter,
+        idle: Idle::default(),
+        vcpus: config.vcpus,
+        unreadable: OnceLock::new(),
+        handles: Mutex::default(),
+        lost: Mutex::default(),
+    }))))
 }
 
 /// A configuration with guest-physical addresses wide enough for the end of RAM.
@@ -166,6 +194,11 @@ impl Vm for HvfVm {
         })
     }
 
+    fn host_system(&self) -> Option<HostSystem> {
+        let unreadable = self.0.unreadable.get().cloned().unwrap_or_default();
+        Some(HostSystem { build: sys::host_build(), unreadable })
+    }
+
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, HypervisorError> {
         if index >= self.0.vcpus {
             let why = format!("vCPU {index} is none of this machine");
@@ -187,11 +220,11 @@ impl Vm for HvfVm {
         HvfGicState::KIND
     }
 
-    fn save_irq_chip(&self) -> Result<Section, PersistError> {
+    fn save_irq_chip(&self) -> Result<Section, HypervisorError> {
         chip::save(&self.0)
     }
 
-    fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError> {
+    fn restore_irq_chip(&self, section: &Section) -> Result<(), HypervisorError> {
         chip::restore(section)
     }
 

@@ -20,6 +20,10 @@ pub(super) const V: [SimdFpReg; 32] = all_of!(SimdFpReg:
 pub(super) const ICC: [GicIccReg; 9] = all_of!(GicIccReg:
     SRE_EL1 CTLR_EL1 PMR_EL1 BPR0_EL1 BPR1_EL1 AP0R0_EL1 AP1R0_EL1 IGRPEN0_EL1 IGRPEN1_EL1);
 
+/// Those of [`ICC`] without which a guest does not go on.
+pub(super) const NEEDED_ICC: [GicIccReg; 5] =
+    all_of!(GicIccReg: CTLR_EL1 PMR_EL1 BPR1_EL1 AP1R0_EL1 IGRPEN1_EL1);
+
 /// What the guest can learn about its CPU, with the register it reads.
 pub(super) const FEATURES: [(FeatureReg, u16); 12] = [
     (FeatureReg::ID_AA64DFR0_EL1, 0xc028),
@@ -64,9 +68,18 @@ pub(super) const SYSTEM: [SysReg; 109] = all_of!(SysReg:
     CONTEXTIDR_EL1 TPIDR_EL1 CSSELR_EL1 TPIDR_EL0 TPIDRRO_EL0 SCTLR_EL1
     CNTKCTL_EL1);
 
-/// The timers: the control registers are set last. CNTP is only there where the guest has EL2.
+/// The timers: the control registers are set last. CNTP is not there on every host.
 pub(super) const TIMERS: [SysReg; 4] =
     all_of!(SysReg: CNTV_CVAL_EL0 CNTV_CTL_EL0 CNTP_CVAL_EL0 CNTP_CTL_EL0);
+
+/// Those of [`SYSTEM`] and [`TIMERS`] without which a guest does not go on, or goes on as another.
+pub(super) const NEEDED: [SysReg; 33] = all_of!(SysReg:
+    MIDR_EL1 MPIDR_EL1 CPACR_EL1 TTBR0_EL1 TTBR1_EL1 TCR_EL1 MAIR_EL1
+    APIAKEYLO_EL1 APIAKEYHI_EL1 APIBKEYLO_EL1 APIBKEYHI_EL1 APDAKEYLO_EL1 APDAKEYHI_EL1
+    APDBKEYLO_EL1 APDBKEYHI_EL1 APGAKEYLO_EL1 APGAKEYHI_EL1
+    SPSR_EL1 ELR_EL1 ESR_EL1 FAR_EL1 PAR_EL1 VBAR_EL1 CONTEXTIDR_EL1 TPIDR_EL1 TPIDR_EL0
+    TPIDRRO_EL0 SCTLR_EL1 CNTKCTL_EL1 CNTV_CVAL_EL0 CNTV_CTL_EL0
+    MDSCR_EL1 CSSELR_EL1);
 
 /// All system registers of the state but the stack pointers, in the order in which they are set.
 pub(super) fn system() -> impl Iterator<Item = SysReg> {

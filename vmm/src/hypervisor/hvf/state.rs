@@ -5,7 +5,7 @@ use squib_formats::persist::{PersistError, Versioned};
 
 use super::{
     error::HvfError,
-    registers::{self, ICC, V, X},
+    registers::{self, ICC, NEEDED, NEEDED_ICC, V, X},
     sys,
 };
 use crate::hypervisor::VcpuState;
@@ -16,21 +16,21 @@ pub(super) const RESET_PSTATE: u64 = 0x3c5;
 const MODES: [u64; 3] = [0, 4, 5];
 const PSTATE_MODE: u64 = 0x1f;
 
-/// The system registers of a vCPU that this host's framework lets one read. Others are no part of its state.
+/// The registers of a vCPU that this host's framework lets one read, and may not. Others are no part of its
+/// state.
 pub(super) struct Layout {
     vcpu: u32,
     system: Vec<SysReg>,
+    icc: Vec<GicIccReg>,
 }
 
 impl Layout {
-    /// Finds out what can be read.
-    pub(super) fn new(cpu: &Cpu, vcpu: u32) -> Self {
-        let (system, missing): (Vec<_>, Vec<_>) =
-            registers::system().partition(|reg| cpu.get_sys_reg(*reg).is_ok());
-        if vcpu == 0 && !missing.is_empty() {
-            tracing::info!("no part of a vCPU's state, since they cannot be read: {missing:?}");
-        }
-        Self { vcpu, system }
+    /// All registers but those that are `unreadable`.
+    pub(super) fn new(vcpu: u32, unreadable: &[u16]) -> Self {
+        let readable = |encoding: u16| unreadable.binary_search(&encoding).is_err();
+        let system = registers::system().filter(|reg| readable(*reg as u16)).collect();
+        let icc = ICC.into_iter().filter(|reg| readable(*reg as u16)).collect();
+        Self { vcpu, system, icc }
     }
 
     /// All registers. What the framework does not tell, which is the exclusive monitor and whether the vCPU
@@ -48,14 +48,14 @@ impl Layout {
             let read = cpu.get_simd_fp_reg(reg);
             *value = read.map_err(self.refused("reading", || format!("{reg:?}")))?;
         }
-        let mut sysregs = Vec::with_capacity(self.system.len() + ICC.len());
+        let mut sysregs = Vec::with_capacity(self.system.len() + self.icc.len());
         for reg in &self.system {
             sysregs.push((*reg as u16, get_system(*reg)?));
         }
-        for reg in ICC {
-            let value = cpu.get_icc_reg(reg);
-            let value = value.map_err(self.refused("reading", || icc_name(reg)))?;
-            sysregs.push((reg as u16, value));
+        for reg in &self.icc {
+            let value = cpu.get_icc_reg(*reg);
+            let value = value.map_err(self.refused("reading", || icc_name(*reg)))?;
+            sysregs.push((*reg as u16, value));
         }
         sysregs.sort_unstable();
         Ok(VcpuState {
@@ -82,10 +82,10 @@ impl Layout {
             let value = of(state, encoding)?;
             (of(&now, encoding) != Some(value)).then_some(value)
         };
-        for reg in ICC {
-            if let Some(value) = wanted(reg as u16) {
-                let set = cpu.set_icc_reg(reg, value);
-                set.map_err(self.refused("setting", || icc_name(reg)))?;
+        for reg in &self.icc {
+            if let Some(value) = wanted(*reg as u16) {
+                let set = cpu.set_icc_reg(*reg, value);
+                set.map_err(self.refused("setting", || icc_name(*reg)))?;
             }
         }
         let set_system = |reg: SysReg, value| {
@@ -122,6 +122,31 @@ impl Layout {
         let vcpu = self.vcpu;
         move |code| HvfError::Register { vcpu, doing, register: register(), code }
     }
+}
+
+/// Encodings of the registers that cannot be read, in ascending order. The same for all vCPUs of a machine, so
+/// that only the first, `vcpu`, is asked: for the others a failure is one. So it is for a register that a
+/// restored guest cannot do without.
+pub(super) fn unreadable(cpu: &Cpu, vcpu: u32) -> Result<Vec<u16>, HvfError> {
+    let refused =
+        |register, code| Err(HvfError::Register { vcpu, doing: "reading", register, code });
+    let mut found = Vec::new();
+    for reg in registers::system() {
+        match cpu.get_sys_reg(reg) {
+            Err(code) if NEEDED.contains(&reg) => return refused(format!("{reg:?}"), code),
+            Err(_) => found.push(reg as u16),
+            Ok(_) => {}
+        }
+    }
+    for reg in ICC {
+        match cpu.get_icc_reg(reg) {
+            Err(code) if NEEDED_ICC.contains(&reg) => return refused(icc_name(reg), code),
+            Err(_) => found.push(reg as u16),
+            Ok(_) => {}
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 /// Checks a state from disk against `reset`, that of the vCPU it is for.

@@ -1,5 +1,7 @@
 //! The calls into the framework that `applevisor` has no safe form for.
 
+use std::ffi::{c_char, c_int, c_void};
+
 use applevisor::prelude::{HypervisorError as Code, SimdFpReg, Vcpu};
 use applevisor_sys as hv;
 
@@ -88,6 +90,13 @@ struct Timebase {
 unsafe extern "C" {
     safe fn mach_absolute_time() -> u64;
     fn mach_timebase_info(info: *mut Timebase) -> i32;
+    fn sysctlbyname(
+        name: *const c_char,
+        old: *mut c_void,
+        old_len: *mut usize,
+        new: *const c_void,
+        new_len: usize,
+    ) -> c_int;
 }
 
 /// The host's counter, from which the framework derives the virtual one.
@@ -126,25 +135,18 @@ pub(super) fn prefer_fast_cores() {
 
 /// Which build of the operating system this is: the framework's own state is only for the build that wrote it.
 pub(super) fn host_build() -> String {
-    #[cfg(target_os = "macos")]
-    {
-        let mut text = [0u8; 64];
-        let mut len = text.len();
-        // SAFETY: the buffer has `len` bytes, the name ends with a zero byte, and nothing is set.
-        let code = unsafe {
-            let (name, none) = (c"kern.osversion".as_ptr(), std::ptr::null_mut());
-            libc::sysctlbyname(name, text.as_mut_ptr().cast(), &raw mut len, none, 0)
-        };
-        if code == 0 {
-            let text = text[..len.min(text.len())].split(|byte| *byte == 0).next();
-            return String::from_utf8_lossy(text.unwrap_or_default()).into_owned();
-        }
-        "unknown".to_owned()
+    let mut text = [0u8; 64];
+    let mut len = text.len();
+    // SAFETY: the buffer has `len` bytes, the name ends with a zero byte, and nothing is set.
+    let code = unsafe {
+        let (name, none) = (c"kern.osversion".as_ptr(), std::ptr::null());
+        sysctlbyname(name, text.as_mut_ptr().cast(), &raw mut len, none, 0)
+    };
+    if code != 0 {
+        return "unknown".to_owned();
     }
-    #[cfg(not(target_os = "macos"))]
-    {
-        "no macOS".to_owned()
-    }
+    let text = text[..len.min(text.len())].split(|byte| *byte == 0).next();
+    String::from_utf8_lossy(text.unwrap_or_default()).into_owned()
 }
 
 fn checked(code: hv::hv_return_t) -> Result<(), Code> {

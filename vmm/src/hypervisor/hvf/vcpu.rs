@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use applevisor::prelude::{ExitReason, Reg, SysReg, Vcpu as Cpu, VcpuExit, VcpuHandle};
@@ -15,7 +15,6 @@ use squib_devices::gic::affinity;
 use super::{
     Machine,
     error::{Doing, HvfError},
-    idle::Seen,
     redistributor,
     registers::{PFR1_SME, X},
     state::{self, Layout, RESET_PSTATE},
@@ -29,6 +28,9 @@ const MPIDR_RES1: u64 = 1 << 31;
 /// CNTV_CTL_EL0: ENABLE and IMASK.
 const TIMER_ENABLE: u64 = 1 << 0;
 const TIMER_MASKED: u64 = 1 << 1;
+/// CNTPCT_EL0 and CNTPCTSS_EL0, which show what CNTVCT_EL0 shows: a guest must not see how long it was away.
+const CNTPCT: u16 = 0xdf01;
+const CNTPCTSS: u16 = 0xdf05;
 const INSTRUCTION: u64 = 4;
 /// SMCCC: NOT_SUPPORTED.
 const NOT_SUPPORTED: u64 = u64::MAX;
@@ -47,9 +49,6 @@ pub(super) struct HvfVcpu {
     offset: Option<u64>,
     /// The load that waits for its value.
     loading: Option<Access>,
-    seen: Seen,
-    /// Deadline of the virtual timer that has ended a wait already.
-    fired: Option<u64>,
     /// System registers that were reported.
     reported: HashSet<u16>,
 }
@@ -76,8 +75,17 @@ impl HvfVcpu {
             cpu.set_sys_reg(SysReg::ID_AA64PFR1_EL1, features & !PFR1_SME)
                 .doing(|| format!("hiding SME from vCPU {index}"))?;
         }
-        let layout = Layout::new(&cpu, index);
+        // vCPUs are made one after the other.
+        let unreadable = match machine.unreadable.get() {
+            Some(known) => known,
+            None => {
+                let found = state::unreadable(&cpu, index)?;
+                machine.unreadable.get_or_init(|| found)
+            }
+        };
+        let layout = Layout::new(index, unreadable);
         let reset = layout.read(&cpu)?;
+        machine.handles.lock().push(cpu.get_handle());
         Ok(Self {
             index,
             cpu,
@@ -87,8 +95,6 @@ impl HvfVcpu {
             reset,
             offset: None,
             loading: None,
-            seen: Seen::default(),
-            fired: None,
             reported: HashSet::new(),
         })
     }
@@ -189,15 +195,18 @@ impl HvfVcpu {
         Ok(Exit::MmioRead { address, size })
     }
 
-    /// The register is none that this machine has: it reads as zero and ignores what is written.
+    /// But for the physical counter, the register is none that this machine has: it reads as zero and ignores
+    /// what is written.
     fn system_access(&mut self, access: SystemAccess) -> Result<(), HvfError> {
         let SystemAccess { system, register, read } = access;
-        if self.reported.insert(system) {
+        let is_counter = [CNTPCT, CNTPCTSS].contains(&system);
+        if !is_counter && self.reported.insert(system) {
             let name = squib_soft::SysReg(system);
             tracing::debug!(vcpu = self.index, "{name} is trapped: zero when read, else ignored");
         }
         if read {
-            self.set_general(register, 0)?;
+            let value = if is_counter { self.machine.counter.now() } else { 0 };
+            self.set_general(register, value)?;
         }
         self.advance()
     }
@@ -213,8 +222,8 @@ impl HvfVcpu {
         })
     }
 
-    /// When the virtual timer fires, if it does.
-    fn timer_deadline(&mut self) -> Result<Option<Instant>, HvfError> {
+    /// How long it is until the virtual timer fires, if it does.
+    fn until_timer(&self) -> Result<Option<Duration>, HvfError> {
         let read = |reg| {
             self.cpu
                 .get_sys_reg(reg)
@@ -222,18 +231,12 @@ impl HvfVcpu {
         };
         let (control, at) = (read(SysReg::CNTV_CTL_EL0)?, read(SysReg::CNTV_CVAL_EL0)?);
         if control & (TIMER_ENABLE | TIMER_MASKED) != TIMER_ENABLE {
-            self.fired = None;
             return Ok(None);
         }
         let counter = &self.machine.counter;
         let left = at.saturating_sub(counter.now());
-        if left == 0 && self.fired.replace(at) == Some(at) {
-            // It has fired, and that did not end the guest's wait: its interrupt is disabled.
-            return Ok(None);
-        }
         let nanos = u128::from(left) * 1_000_000_000 / u128::from(counter.frequency());
-        let left = Duration::from_nanos(nanos.try_into().unwrap_or(u64::MAX));
-        Ok(Instant::now().checked_add(left))
+        Ok(Some(Duration::from_nanos(nanos.try_into().unwrap_or(u64::MAX))))
     }
 }
 
@@ -256,9 +259,7 @@ impl Vcpu for HvfVcpu {
             if self.kicked.swap(false, Ordering::SeqCst) {
                 return Ok(Exit::Cancelled);
             }
-            let (seen, ran) = self.machine.idle.inside(|| self.cpu.run());
-            self.seen = seen;
-            ran.doing(|| format!("running vCPU {}", self.index))?;
+            self.cpu.run().doing(|| format!("running vCPU {}", self.index))?;
             let exit = self.cpu.get_exit_info();
             // The syndrome means something in one case only.
             match exit.reason {
@@ -289,12 +290,10 @@ impl Vcpu for HvfVcpu {
         Ok(())
     }
 
-    fn wait(&mut self, block: bool) -> Result<bool, HypervisorError> {
-        let deadline = self.timer_deadline()?;
-        if deadline.is_none() && !block {
-            return Ok(false);
-        }
-        self.machine.idle.wait(self.seen, deadline, &self.kicked);
+    /// Something may always come: only the framework knows.
+    fn wait(&mut self, _block: bool) -> Result<bool, HypervisorError> {
+        let timer = self.until_timer()?;
+        self.machine.idle.wait(timer, &self.kicked);
         Ok(true)
     }
 
@@ -308,7 +307,6 @@ impl Vcpu for HvfVcpu {
 
     fn start(&mut self, pc: u64, x0: u64) -> Result<(), HypervisorError> {
         self.loading = None;
-        self.fired = None;
         let mut state = VcpuState { pc, pstate: RESET_PSTATE, ..self.reset.clone() };
         state.x[0] = x0;
         Ok(self.layout.write(&self.cpu, &state)?)
@@ -339,7 +337,6 @@ impl Vcpu for HvfVcpu {
             return Err(error.into());
         }
         self.loading = None;
-        self.fired = None;
         Ok(())
     }
 }
@@ -354,10 +351,6 @@ impl Kick for HvfKick {
     fn kick(&self) {
         self.kicked.store(true, Ordering::SeqCst);
         self.machine.idle.wake();
-        if self.handle.is_valid()
-            && let Err(code) = self.machine.vm.vcpus_exit(std::slice::from_ref(&self.handle))
-        {
-            tracing::error!("a vCPU cannot be made to leave the guest: {code}");
-        }
+        self.machine.interrupt(&self.handle);
     }
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use squib_devices::{device::MachineDevice, irq::IrqChip, map::Range};
 use squib_formats::{
     first_version,
-    persist::{PersistError, Section, Versioned},
+    persist::{Section, Versioned},
 };
 
 use crate::{
@@ -186,11 +186,11 @@ impl Vm for FakeVm {
         FakeChipState::KIND
     }
 
-    fn save_irq_chip(&self) -> Result<Section, PersistError> {
-        Section::encode("0", &FakeChipState { raised: self.chip.raised.lock().clone() })
+    fn save_irq_chip(&self) -> Result<Section, HypervisorError> {
+        Ok(Section::encode("0", &FakeChipState { raised: self.chip.raised.lock().clone() })?)
     }
 
-    fn restore_irq_chip(&self, section: &Section) -> Result<(), PersistError> {
+    fn restore_irq_chip(&self, section: &Section) -> Result<(), HypervisorError> {
         *self.chip.raised.lock() = section.decode::<FakeChipState>()?.raised;
         Ok(())
     }
