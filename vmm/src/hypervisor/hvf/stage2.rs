@@ -95,7 +95,7 @@ impl Stage2 {
         let mut mapped = self.mapped.lock();
         for (range, rights) in self.runs(&mapped) {
             if rights == Some(Rights::All) {
-                protect(range, Rights::ReadExec)?;
+                self.in_parts(range, |range| protect(range, Rights::ReadExec))?;
             }
         }
         mapped.iter_mut().flatten().for_each(|rights| *rights = Rights::ReadExec);
@@ -107,9 +107,9 @@ impl Stage2 {
         let mut mapped = self.mapped.lock();
         for (range, rights) in self.runs(&mapped) {
             if rights.is_some()
-                && let Err(code) = sys::unmap(range.base, range.size)
+                && let Err(error) = self.in_parts(range, unmap)
             {
-                tracing::warn!("guest memory at {:#x} stays mapped: {code}", range.base);
+                tracing::warn!("guest memory stays mapped: {error}");
             }
         }
         mapped.fill(None);
@@ -123,6 +123,23 @@ impl Stage2 {
             sys::map(self.ram.host_ptr().wrapping_add(offset), range.base, range.size, rights)
         };
         result.doing(|| format!("mapping {:#x} bytes of RAM at {:#x}", range.size, range.base))
+    }
+
+    /// Does `work` on neighbouring granules at once, and if that is refused on each: they may have been mapped
+    /// by several calls, and the framework does not say whether one call may then change them all.
+    fn in_parts(
+        &self,
+        range: Range,
+        work: impl Fn(Range) -> Result<(), HvfError>,
+    ) -> Result<(), HvfError> {
+        let size = self.ram.granules().granule_size();
+        let whole = work(range);
+        if whole.is_ok() || range.size <= size {
+            return whole;
+        }
+        (range.base..range.end())
+            .step_by(size as usize)
+            .try_for_each(|base| work(Range { base, size: size.min(range.end() - base) }))
     }
 
     /// Neighbouring granules with equal rights, as ranges of guest-physical addresses.
@@ -144,4 +161,9 @@ fn protect(range: Range, rights: Rights) -> Result<(), HvfError> {
     let Range { base, size } = range;
     sys::protect(base, size, rights)
         .doing(|| format!("protecting {size:#x} bytes of RAM at {base:#x}"))
+}
+
+fn unmap(range: Range) -> Result<(), HvfError> {
+    let Range { base, size } = range;
+    sys::unmap(base, size).doing(|| format!("unmapping {size:#x} bytes of RAM at {base:#x}"))
 }
