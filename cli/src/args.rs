@@ -195,6 +195,10 @@ pub(crate) struct RestoreArgs {
     /// snapshots; may be given several times.
     #[arg(long = "parent", value_name = "DIR")]
     pub(crate) parents: Vec<PathBuf>,
+    /// What runs the guest's instructions: soft, hvf or kvm [default: what the snapshot was taken with; another
+    /// one is refused with everything that differs].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) backend: Option<String>,
     /// Name of the VM [default: the one in the snapshot].
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -314,6 +318,9 @@ pub(crate) struct CheckArgs {
     /// snapshots; may be given several times.
     #[arg(long = "parent", value_name = "DIR")]
     pub(crate) parents: Vec<PathBuf>,
+    /// What would run the guest's instructions: soft, hvf or kvm [default: what the snapshot was taken with].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) backend: Option<String>,
     /// The file that a restore would use as the disk of that id.
     #[arg(long = "disk", value_name = "ID=PATH")]
     pub(crate) disks: Vec<DiskPlace>,

@@ -44,13 +44,14 @@ impl Session<'_> {
         let mut phases = Phases::new(self.started);
         // Dropped in reverse order: the name is free once everything else is gone.
         let home = Home::open().code(Code::Failed)?;
+        let (events, happened) = mpsc::channel();
+        events::survive_file_size_limits()?;
+        // Before there is anything that a signal could leave behind.
+        events::watch_signals(events.clone())?;
         let dir = home.claim(self.name).code(Code::Usage)?;
         let socket = self.args.api_sock.clone().unwrap_or_else(|| dir.socket());
         let listener = home::listen(&socket).code(Code::Usage)?;
         let _unlink = Unlink(&socket);
-        let (events, happened) = mpsc::channel();
-        events::survive_file_size_limits()?;
-        events::watch_signals(events.clone())?;
         phases.end("prepare");
 
         let (output, drain) = Output::new(std::io::stdout())?;

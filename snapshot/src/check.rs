@@ -35,6 +35,8 @@ use crate::{
 /// What a restore would be told.
 #[derive(Clone, Default)]
 pub struct CheckOptions<'a> {
+    /// The backend that is to go on with it; `None` for the one in the snapshot.
+    pub backend: Option<BackendKind>,
     /// Existing directory for the captured disks.
     pub disk_dir: Option<PathBuf>,
     /// Files to use as the disks of these ids.
@@ -111,7 +113,7 @@ pub fn check(path: &Path, options: &CheckOptions<'_>) -> Result<Report, FormatEr
     let manifest = snapshot.manifest();
     report.age(manifest);
     let config = report.machine(manifest);
-    report.cpu(manifest, config.as_ref());
+    report.cpu(manifest, config.as_ref(), options.backend);
     report.host_build(manifest, config.as_ref());
     report.state(&snapshot, config.as_ref());
     // Without its parents the snapshot's own indexes can still be looked at.
@@ -232,18 +234,24 @@ impl Lines {
     }
 
     /// The backend, and what it shows a guest of its CPUs.
-    fn cpu(&mut self, manifest: &Manifest, config: Option<&MachineConfig>) {
+    fn cpu(
+        &mut self,
+        manifest: &Manifest,
+        config: Option<&MachineConfig>,
+        wanted: Option<BackendKind>,
+    ) {
         let backend = &manifest.machine.backend;
         let advice = "restore it with a squib, and on a host, that has this backend";
         if let Err(error) = backend.parse::<BackendKind>() {
             return self.missing("backend", error, advice);
         }
         let Some(config) = config else { return };
-        let host = match hypervisor::identity(config) {
+        let wanted = MachineConfig { backend: wanted.unwrap_or(config.backend), ..config.clone() };
+        let host = match hypervisor::identity(&wanted) {
             Ok(host) => config::identity(host),
             Err(error) => return self.missing("backend", error, advice),
         };
-        let mismatches = compat::compare(&manifest.cpu, &host);
+        let mut mismatches = compat::compare(&manifest.cpu, &host);
         let differs = |what: &str| mismatches.iter().any(|mismatch| mismatch.what == what);
         if !differs("backend") {
             self.ok("backend", backend);
@@ -256,10 +264,15 @@ impl Lines {
         if registers.count() == 0 {
             self.ok("ID registers", format!("{}, all the same", host.id_registers.len()));
         }
+        mismatches.extend(compat::irq_chip(config.backend, wanted.backend));
+        let advice = match wanted.backend == config.backend {
+            true => "restore it on a host with the same CPU".to_owned(),
+            false => format!("restore it with the backend that it was taken with, {backend}"),
+        };
         for mismatch in mismatches {
             let text = mismatch.to_string();
             let found = text.strip_prefix(&*mismatch.what).map_or(&*text, |rest| &rest[2..]);
-            self.differs(&*mismatch.what, found, "restore it on a host with the same CPU");
+            self.differs(&*mismatch.what, found, &advice);
         }
     }
 

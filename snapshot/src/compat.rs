@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use squib_formats::manifest::CpuIdentity;
+use squib_vmm::{config::BackendKind, machine};
 
 /// One thing that this host has otherwise than the snapshot needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +67,14 @@ pub fn compare(snapshot: &CpuIdentity, host: &CpuIdentity) -> Vec<Mismatch> {
         differ(&name(*register), value(their), value(our), fields);
     }
     mismatches
+}
+
+/// The interrupt controller, if the one of `host` does not take the state of the one of `snapshot`.
+pub fn irq_chip(snapshot: BackendKind, host: BackendKind) -> Option<Mismatch> {
+    let section = |backend| format!("section {}", machine::irq_chip(backend).kind);
+    let (snapshot, host) = (section(snapshot), section(host));
+    let what = "interrupt controller".to_owned();
+    (snapshot != host).then_some(Mismatch { what, snapshot, host, fields: Vec::new() })
 }
 
 /// The fields of a register in which two values differ, from the lowest.
@@ -382,6 +391,17 @@ mod tests {
                 "S3_0_C1_C15_7: the snapshot has none, this host has 0x0000000000000004",
             ]
         );
+    }
+
+    #[test]
+    fn only_the_framework_s_interrupt_controller_is_of_its_own_kind() {
+        use BackendKind::{Hvf, Kvm, Soft};
+        for (a, b) in [(Soft, Soft), (Soft, Kvm), (Kvm, Soft), (Hvf, Hvf)] {
+            assert_eq!(irq_chip(a, b), None);
+        }
+        let line = irq_chip(Soft, Hvf).unwrap().to_string();
+        assert!(line.ends_with("the snapshot has section gicv3, this host has section hvf-gic"));
+        assert!(irq_chip(Hvf, Kvm).is_some());
     }
 
     #[test]

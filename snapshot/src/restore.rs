@@ -20,7 +20,7 @@ use squib_formats::{
     working_set::WorkingSet,
 };
 use squib_vmm::{
-    config::{ConfigError, MachineConfig},
+    config::{BackendKind, ConfigError, MachineConfig},
     hypervisor,
     machine::{self, Contents, Machine, MachineError},
 };
@@ -56,6 +56,9 @@ pub enum MemoryLoad {
 pub struct RestoreOptions<'a> {
     /// Name of the machine; `None` for the one in the snapshot.
     pub name: Option<String>,
+    /// The backend that is to go on with it; `None` for the one in the snapshot. Another is refused with
+    /// everything that it has otherwise.
+    pub backend: Option<BackendKind>,
     /// Existing directory for the captured disks: each becomes `ID.img` in it, a new private file. Only
     /// a snapshot without captured disks does without.
     pub disk_dir: Option<PathBuf>,
@@ -246,8 +249,11 @@ impl Opened {
         if let Some(id) = options.disk_places.keys().find(|id| !known(id)) {
             return Err(RestoreError::NoSuchDisk { id: id.clone() });
         }
+        let taken = config.backend;
+        config.backend = options.backend.unwrap_or(taken);
         let host = hypervisor::identity(&config).map_err(MachineError::from)?;
-        let mismatches = compat::compare(&manifest.cpu, &config::identity(host));
+        let mut mismatches = compat::compare(&manifest.cpu, &config::identity(host));
+        mismatches.extend(compat::irq_chip(taken, config.backend));
         if !mismatches.is_empty() {
             return Err(RestoreError::Incompatible(mismatches));
         }

@@ -60,7 +60,7 @@ fn config(args: &RunArgs) -> Result<MachineConfig> {
         initrd: args.initrd.as_deref().map(absolute).transpose()?,
         cmdline,
         disks,
-        backend: args.backend.parse::<BackendKind>().code(Code::Usage)?,
+        backend: backend(&args.backend)?,
         deterministic: args
             .deterministic
             .then(|| Deterministic { seed: args.seed, ..Deterministic::default() }),
@@ -80,6 +80,11 @@ fn disk_config(at: usize, disk: &DiskArg) -> Result<DiskConfig> {
         _ => format!("disk{at}"),
     });
     Ok(DiskConfig { id, path: absolute(&disk.path)?, read_only: disk.read_only })
+}
+
+/// A backend by its name.
+pub(crate) fn backend(name: &str) -> Result<BackendKind> {
+    name.parse().code(Code::Usage)
 }
 
 /// Paths go into snapshots, where the working directory of today means nothing.

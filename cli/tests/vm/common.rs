@@ -13,6 +13,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use squib::api::types::SnapshotReport;
 use squib_tests::{console::Capture, tiny::Tiny};
 
+use crate::{BACKEND, SQUIB};
+
 /// Bounds how long a guest that hangs is waited for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) const PRINT_EVERY: u32 = 64;
@@ -37,7 +39,7 @@ impl Place {
     }
 
     pub(crate) fn squib<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_squib"));
+        let mut command = Command::new(SQUIB);
         command.args(words).current_dir(self.dir.path()).env("SQUIB_HOME", self.path("home"));
         command.env("SQUIB_CACHE", self.path("cache"));
         command.stdin(Stdio::null());
@@ -58,6 +60,7 @@ impl Place {
     /// A VM with the tiny guest.
     pub(crate) fn run(&self, more: &[&str]) -> Vm {
         let mut words = vec!["run", "--kernel", "kernel", "--memory", "64M", "--disk", "disk.img"];
+        words.extend(["--backend", BACKEND]);
         words.extend(more);
         self.vm(&words)
     }

@@ -15,7 +15,10 @@ use squib::api::{
 };
 use squib_tests::tiny::POWER_OFF;
 
-use crate::common::{Place, Vm, assert_unbroken, create, rounds};
+use crate::{
+    BACKEND, SQUIB,
+    common::{Place, Vm, assert_unbroken, create, rounds},
+};
 
 fn socket(place: &Place) -> PathBuf {
     place.path("home/run/vms/a/api.sock")
@@ -289,8 +292,9 @@ fn a_disk_without_room_leaves_the_guest_running_and_nothing_behind() {
     // A limit on the size of files stands for a full disk; the index of 64 MiB takes 48 KiB.
     let mut command = Command::new("sh");
     command
-        .args(["-c", "ulimit -f 64; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_squib")])
+        .args(["-c", "ulimit -f 64; exec \"$@\"", "sh", SQUIB])
         .args(["run", "--kernel", "kernel", "--memory", "64M", "--name", "a"])
+        .args(["--backend", BACKEND])
         .current_dir(place.dir.path())
         .env("SQUIB_HOME", place.path("home"));
     let vm = Vm::start(command);

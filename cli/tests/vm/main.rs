@@ -3,3 +3,8 @@
 mod common;
 mod life;
 mod modes;
+
+/// The program.
+const SQUIB: &str = env!("CARGO_BIN_EXE_squib");
+/// What its VMs run on.
+const BACKEND: &str = "soft";

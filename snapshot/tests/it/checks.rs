@@ -19,6 +19,7 @@ use crate::restores::{back, changed_copy, is_empty, machine, options, snapshot};
 /// What a check is told when a restore is told `options`.
 fn same(options: &RestoreOptions<'_>) -> CheckOptions<'static> {
     CheckOptions {
+        backend: options.backend,
         disk_dir: options.disk_dir.clone(),
         disk_places: options.disk_places.clone(),
         changed_disks: options.changed_disks,

@@ -50,7 +50,7 @@ use squib_devices::{
 use squib_formats::persist::{self, PersistError, Section};
 
 pub use console::ConsoleInput;
-pub use places::{Place, places};
+pub use places::{Place, irq_chip, places};
 pub use types::{
     ClockPolicy, Contents, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState,
     RunUntil, TimeState, Timings,

@@ -40,8 +40,8 @@ impl Place {
     }
 }
 
-/// The sections of a machine of `config`, in the order in which
-/// [`Machine::save`](super::Machine::save) gives them.
+/// The sections of a machine of `config`, in the order in which [`Machine::save`](super::Machine::save) gives
+/// them.
 pub fn places(config: &MachineConfig) -> Vec<Place> {
     let mut places = vec![Place::of::<SerialState>("0"), Place::of::<RtcState>("0")];
     places.extend(config.disks.iter().map(|disk| Place::of::<BlockState>(disk.id.clone())));
@@ -49,16 +49,19 @@ pub fn places(config: &MachineConfig) -> Vec<Place> {
         places.push(Place::of::<RngState>(RNG_ID));
     }
     places.push(Place::of::<VmGenIdState>("0"));
-    match config.backend {
-        BackendKind::Soft => places.push(Place::of::<GicState>("0")),
-        BackendKind::Hvf => places.push(Place::of::<HvfGicState>("0")),
-        // No build has it, so that none knows how it keeps its interrupt chip.
-        BackendKind::Kvm => {}
-    }
+    places.push(irq_chip(config.backend));
     places.push(Place::of::<PsciState>("0"));
     places.extend((0..config.vcpus).map(|n| Place::of::<VcpuState>(n.to_string())));
     places.push(Place::of::<TimeState>("0"));
     places
+}
+
+/// The interrupt chip's section. Backends whose chip is architectural registers take each other's.
+pub fn irq_chip(backend: BackendKind) -> Place {
+    match backend {
+        BackendKind::Hvf => Place::of::<HvfGicState>("0"),
+        BackendKind::Soft | BackendKind::Kvm => Place::of::<GicState>("0"),
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use squib_snapshot::{
 
 use crate::{
     args::CheckArgs,
-    commands::run::absolute,
+    commands::run::{absolute, backend},
     events,
     exit::{Code, Result, WithCode},
     home::Home,
@@ -24,6 +24,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
     };
     let bar = ByteBar::new("check");
     let options = CheckOptions {
+        backend: args.backend.as_deref().map(backend).transpose()?,
         disk_dir: Some(disk_dir),
         disk_places: args.disks.iter().map(|d| (d.id.clone(), d.path.clone())).collect(),
         changed_disks: match args.allow_changed_disks {

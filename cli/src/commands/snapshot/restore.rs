@@ -98,6 +98,7 @@ fn options<'a>(
     }
     Ok(RestoreOptions {
         name: Some(name.to_owned()),
+        backend: args.backend.as_deref().map(run::backend).transpose()?,
         disk_dir: Some(disk_dir),
         disk_places,
         changed_disks: match args.allow_changed_disks {

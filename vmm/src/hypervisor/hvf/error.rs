@@ -135,7 +135,7 @@ pub(super) const CREATING_VM: &str = "creating the virtual machine";
 fn help(code: Code, doing: &str) -> &'static str {
     match code {
         Code::Denied if doing == CREATING_VM => {
-            "; the program needs the entitlement com.apple.security.hypervisor, which an ad-hoc signature gives: codesign -s - --entitlements FILE"
+            "; the program needs the entitlement com.apple.security.hypervisor, which an ad-hoc signature gives: codesign --force --sign - --entitlements cli/squib.entitlements PROGRAM"
         }
         Code::Busy if doing == CREATING_VM => {
             "; there is one virtual machine a process: run another squib for another machine"
