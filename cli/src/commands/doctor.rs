@@ -147,7 +147,12 @@ fn backend(kind: BackendKind) -> Property {
             let mhz = identity.counter_hz as f64 / 1e6;
             Property::ok(name, format!("built in; the guest's counter runs at {mhz} MHz"))
         }
-        Err(error) => Property::missing(name, error).advice("use --backend soft"),
+        Err(error) => Property::missing(name, error).advice(match kind {
+            BackendKind::Hvf if cfg!(all(target_os = "macos", target_arch = "aarch64")) => {
+                system::SIGN
+            }
+            _ => "use --backend soft",
+        }),
     }
 }
 

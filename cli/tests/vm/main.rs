@@ -6,5 +6,8 @@ mod modes;
 
 /// The program.
 const SQUIB: &str = env!("CARGO_BIN_EXE_squib");
-/// What its VMs run on.
-const BACKEND: &str = "soft";
+/// What its VMs run on: on a Mac it can be hvf, see docs/macos.md.
+const BACKEND: &str = match option_env!("SQUIB_TEST_BACKEND") {
+    Some(backend) => backend,
+    None => "soft",
+};

@@ -267,7 +267,11 @@ pub enum HypervisorError {
 }
 
 fn unavailable(backend: BackendKind) -> HypervisorError {
-    HypervisorError::Unavailable { backend, why: "this build does not have it".to_owned() }
+    let why = match backend {
+        BackendKind::Hvf => "it needs macOS 15 or later on Apple silicon",
+        BackendKind::Soft | BackendKind::Kvm => "this build does not have it",
+    };
+    HypervisorError::Unavailable { backend, why: why.to_owned() }
 }
 
 #[cfg(test)]

@@ -10,6 +10,9 @@ use rustix::process::{Resource, Rlimit, getrlimit};
 use super::Property;
 use crate::output::bytes;
 
+/// What a program that may not use Hypervisor.framework needs.
+pub(super) const SIGN: &str = "sign it: codesign --force --sign - --entitlements cli/squib.entitlements SQUIB, or \
+     cli/sign SQUIB (docs/macos.md)";
 /// A VM opens about this many files besides its disks, at two a disk.
 const FILES: u64 = 128;
 /// Memory of a guest of the default size, with squib's own.
@@ -125,12 +128,10 @@ mod macos {
 
     use squib_snapshot::host::value;
 
-    use super::{Property, entitled, limits, major};
+    use super::{Property, SIGN, entitled, limits, major};
 
     /// Of macOS, which has the interrupt chip in the framework from then on.
     const LEAST: u32 = 15;
-    const SIGN: &str = "sign it: codesign --force --sign - --entitlements cli/squib.entitlements SQUIB \
-                        (docs/macos.md)";
 
     pub(in super::super) fn properties() -> Vec<Property> {
         let mut properties = vec![version(), chip(), hypervisor(), entitlement()];

@@ -83,3 +83,26 @@ pub(crate) fn memory(machine: &Machine) -> Vec<u8> {
     machine.ram().read_slice(&mut bytes, GuestAddress(machine.ram().base())).unwrap();
     bytes
 }
+
+/// A kernel of `words`, which begin with a branch over the header.
+pub(crate) fn kernel(words: &[u32]) -> Vec<u8> {
+    let mut image = vec![0u8; 0x1000];
+    image[0..4].copy_from_slice(&0x1400_0010u32.to_le_bytes()); // b #64
+    image[16..24].copy_from_slice(&0x1000u64.to_le_bytes());
+    image[24..32].copy_from_slice(&0b1010u64.to_le_bytes());
+    image[56..60].copy_from_slice(b"ARM\x64");
+    for (at, word) in words.iter().enumerate() {
+        image[64 + 4 * at..][..4].copy_from_slice(&word.to_le_bytes());
+    }
+    image
+}
+
+/// What `code` does on a machine without disks.
+pub(crate) fn bare(folder: &Path, code: &[u32]) -> Machine {
+    let mut config = tiny(folder);
+    config.disks.clear();
+    std::fs::write(&config.kernel, kernel(code)).unwrap();
+    let machine = Machine::boot(config, Box::new(std::io::sink())).unwrap();
+    machine.resume().unwrap();
+    machine
+}

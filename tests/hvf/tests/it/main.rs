@@ -6,4 +6,9 @@ mod faults;
 mod machine;
 mod rules;
 mod snapshots;
+mod systems;
+mod told;
 mod transparency;
+mod traps;
+
+use squib_hvf_stand_in::Session;

@@ -5,7 +5,6 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use squib_devices::gic::{GicState, IccState};
 use squib_formats::persist::{Section, Versioned};
-use squib_hvf_stand_in::Session;
 use squib_snapshot::{
     TemplateCache,
     capture::{CaptureOptions, capture},
@@ -23,6 +22,7 @@ use squib_vmm::{
 };
 
 use crate::{
+    Session,
     common::{PATIENCE, memory},
     snapshots::{back, options},
 };
