@@ -36,6 +36,18 @@ fn a_machine_with_its_folders_can_run_a_vm() {
 }
 
 #[test]
+#[cfg(not(target_os = "macos"))]
+fn what_the_framework_needs_is_said_where_it_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, report) = ask(&dir.path().join("home"), &dir.path().join("cache"));
+    let properties = report["properties"].as_array().unwrap();
+    let hvf = properties.iter().find(|property| property["name"] == "backend hvf").unwrap();
+    assert_eq!(hvf["status"], "missing");
+    assert!(hvf["found"].as_str().unwrap().contains("macOS 15 or later on Apple silicon"), "{hvf}");
+    assert_eq!(hvf["advice"], "use --backend soft");
+}
+
+#[test]
 fn without_a_place_for_a_vm_none_can_run() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");

@@ -13,6 +13,9 @@ use object::{
 /// Where the framework is on a Mac.
 pub const FRAMEWORK: &str = "/Hypervisor.framework/";
 
+/// The macOS from which on the framework has an interrupt controller.
+const FRAMEWORK_MACOS: u32 = 15;
+
 /// A linked binary for Apple silicon.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Binary {
@@ -78,9 +81,30 @@ impl Binary {
         names
     }
 
-    /// What would keep it from working on a Mac that has nothing but the system, a line each.
-    pub fn faults(&self) -> Vec<String> {
+    /// What it is for and what it takes from where, a line each.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Some((major, minor)) = self.least_macos {
+            lines.push(format!("macOS {major}.{minor} or later"));
+        }
+        for (library, symbols) in &self.imports {
+            lines.push(format!("{:>4} symbols of {library}", symbols.len()));
+        }
+        let hypervisor = self.hypervisor();
+        if hypervisor.is_empty() {
+            lines.push("no function of Hypervisor.framework is in use: no hvf backend".to_owned());
+        }
+        lines.extend(hypervisor.iter().map(|name| format!("     {name}")));
+        lines
+    }
+
+    /// What would keep it from working on a Mac that has nothing but the system, a line each; with `hvf`, what
+    /// would keep the backend on the framework from working.
+    pub fn faults(&self, hvf: bool) -> Vec<String> {
         let mut faults = Vec::new();
+        if hvf && self.hypervisor().is_empty() {
+            faults.push("no hv_* symbol is imported: it has no hvf backend".to_owned());
+        }
         for (library, symbols) in &self.imports {
             let system =
                 library.starts_with("/usr/lib/") || library.starts_with("/System/Library/");
@@ -93,6 +117,17 @@ impl Binary {
                     faults.push(format!("{symbol} is taken from `{library}`, not the framework"));
                 }
             }
+        }
+        let hypervisor = self.hypervisor().len();
+        if let Some((major, minor)) = self.least_macos
+            && hypervisor > 0
+            && major < FRAMEWORK_MACOS
+        {
+            // It would be started there, and end before its first instruction.
+            faults.push(format!(
+                "it says macOS {major}.{minor} or later, and takes {hypervisor} functions from a framework \
+                 that has them from macOS {FRAMEWORK_MACOS} on: set MACOSX_DEPLOYMENT_TARGET"
+            ));
         }
         if self.page < 0x4000 {
             faults.push(format!("its segments are aligned to {:#x}, pages have 0x4000", self.page));
@@ -170,7 +205,11 @@ mod tests {
 
     /// macOS 15.2, a signature, and a segment without sections.
     fn commands(library: &str) -> Vec<Vec<u8>> {
-        let version = words(&[0x32, 24, 1, 0x000f_0200, 0x000f_0200, 0]);
+        commands_for(0x000f_0200, library)
+    }
+
+    fn commands_for(macos: u32, library: &str) -> Vec<Vec<u8>> {
+        let version = words(&[0x32, 24, 1, macos, macos, 0]);
         let mut segment = vec![0; 18];
         segment[..2].copy_from_slice(&[0x19, 72]);
         // Address and size.
@@ -183,23 +222,47 @@ mod tests {
         let file = executable(ARM64, &commands(FRAMEWORK_PATH), Some("_hv_vm_create"));
         let binary = Binary::read(&file).unwrap();
         assert_eq!(binary.hypervisor(), ["hv_vm_create"]);
+        let lines = binary.lines().join("\n");
+        for said in ["macOS 15.2 or later", FRAMEWORK_PATH, "hv_vm_create"] {
+            assert!(lines.contains(said), "{lines}");
+        }
+        assert_eq!(binary.faults(true), [""; 0]);
         assert_eq!(binary.least_macos, Some((15, 2)));
         assert!(binary.signed);
-        assert_eq!(binary.faults(), [""; 0]);
+        assert_eq!(binary.faults(false), [""; 0]);
+    }
+
+    #[test]
+    fn a_binary_without_the_framework_is_a_fault_where_it_is_wanted() {
+        let commands = commands("/usr/lib/libSystem.B.dylib");
+        let binary = Binary::read(&executable(ARM64, &commands, Some("_exit"))).unwrap();
+        assert_eq!(binary.faults(false), [""; 0]);
+        assert!(binary.lines().join("\n").contains("no hvf backend"));
+        assert!(binary.faults(true)[0].contains("no hv_* symbol"));
     }
 
     #[test]
     fn a_symbol_of_another_library_is_a_fault() {
         let file = executable(ARM64, &commands("@rpath/libhv.dylib"), Some("_hv_vm_create"));
-        let faults = Binary::read(&file).unwrap().faults().join("\n");
+        let faults = Binary::read(&file).unwrap().faults(false).join("\n");
         assert!(faults.contains("hv_vm_create is taken from `@rpath/libhv.dylib`"), "{faults}");
         assert!(faults.contains("not a library of the system"), "{faults}");
     }
 
     #[test]
+    fn a_system_on_which_it_cannot_start_is_a_fault() {
+        let old = commands_for(0x000b_0000, FRAMEWORK_PATH);
+        let with = Binary::read(&executable(ARM64, &old, Some("_hv_gic_create"))).unwrap();
+        let faults = with.faults(false).join("\n");
+        assert!(faults.contains("macOS 11.0") && faults.contains("DEPLOYMENT_TARGET"), "{faults}");
+        let without = Binary::read(&executable(ARM64, &old, Some("_exit"))).unwrap();
+        assert_eq!(without.faults(false), [""; 0]);
+    }
+
+    #[test]
     fn a_binary_without_version_and_signature_is_told() {
         let file = executable(ARM64, &[dylib("/usr/lib/libSystem.B.dylib")], None);
-        let faults = Binary::read(&file).unwrap().faults().join("\n");
+        let faults = Binary::read(&file).unwrap().faults(false).join("\n");
         assert!(faults.contains("which macOS") && faults.contains("no code signature"), "{faults}");
     }
 

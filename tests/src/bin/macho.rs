@@ -25,23 +25,9 @@ fn main() -> Result<ExitCode> {
     let name = || args.file.display().to_string();
     let bytes = std::fs::read(&args.file).with_context(name)?;
     let binary = Binary::read(&bytes).with_context(name)?;
-    if let Some((major, minor)) = binary.least_macos {
-        println!("macOS {major}.{minor} or later, {} MiB", bytes.len() >> 20);
-    }
-    for (library, symbols) in &binary.imports {
-        println!("{:>4} symbols of {library}", symbols.len());
-    }
-    let hypervisor = binary.hypervisor();
-    for symbol in &hypervisor {
-        println!("     {symbol}");
-    }
-    let mut faults = binary.faults();
-    if hypervisor.is_empty() {
-        println!("no function of Hypervisor.framework is in use: this build has no hvf backend");
-        if args.require_hv {
-            faults.push("no hv_* symbol is imported".to_owned());
-        }
-    }
+    println!("{} MiB", bytes.len() >> 20);
+    binary.lines().iter().for_each(|line| println!("{line}"));
+    let faults = binary.faults(args.require_hv);
     for fault in &faults {
         eprintln!("{}: {fault}", args.file.display());
     }
