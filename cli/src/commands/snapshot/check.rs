@@ -31,7 +31,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
             true => ChangedDisks::Accept,
             false => ChangedDisks::Refuse,
         },
-        parents: args.parents.clone(),
+        parents: args.chain.parents.clone(),
         run: Run { observer: &bar, cancel, ..Run::default() },
     };
     let report = examine(&args.dir, &options).map_err(events::failure);

@@ -19,7 +19,7 @@ pub(crate) fn diff(args: &DiffArgs) -> Result<Code> {
     let cancel = events::give_up_on_signals()?;
     let bar = ByteBar::new("diff");
     let control = Control { progress: &bar, cancel, ..Control::default() };
-    let found = compare(&args.a, &args.b, &args.parents, control);
+    let found = compare(&args.a, &args.b, &args.chain.parents, control);
     drop(bar);
     let found = found.map_err(events::failure)?;
     if args.json {

@@ -22,7 +22,7 @@ pub(crate) fn flatten(args: &FlattenArgs) -> Result<Code> {
         types::Durability::None => Durability::None,
     };
     let run = Run { observer: &bar, cancel, ..Run::default() };
-    let made = make_full(&args.dir, &args.parents, &args.output, durability, &run);
+    let made = make_full(&args.dir, &args.chain.parents, &args.output, durability, &run);
     drop(bar);
     let Flattened { id, links, stored } = made.map_err(events::failure)?;
     println!("snapshot  {}", args.output.display());

@@ -16,7 +16,7 @@ use crate::{
 };
 
 pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
-    let inspection = match look(&args.dir, &args.parents) {
+    let inspection = match look(&args.dir, &args.chain.parents) {
         Ok(inspection) => inspection,
         Err(error @ FormatError::Format { .. }) => {
             // What any build can tell of any snapshot.

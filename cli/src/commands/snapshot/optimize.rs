@@ -17,7 +17,7 @@ use crate::{
 };
 
 pub(crate) fn optimize(args: &OptimizeArgs) -> Result<Code> {
-    let OptimizeArgs { dir, output, parents, durability } = args;
+    let OptimizeArgs { dir, output, chain, durability } = args;
     let durability = match durability {
         types::Durability::Full => Durability::Full,
         types::Durability::None => Durability::None,
@@ -31,7 +31,7 @@ pub(crate) fn optimize(args: &OptimizeArgs) -> Result<Code> {
     let cancel = events::give_up_on_signals()?;
     let bar = ByteBar::new("optimize");
     let run = Run { observer: &bar, cancel, ..Run::default() };
-    let made = write_again(dir, parents, output.as_deref(), &children, durability, &run);
+    let made = write_again(dir, &chain.parents, output.as_deref(), &children, durability, &run);
     drop(bar);
     let Optimized { id, first } = made.map_err(failure)?;
     println!("snapshot  {}", output.as_ref().unwrap_or(dir).display());

@@ -17,12 +17,12 @@ use crate::{
 };
 
 pub(crate) fn rebase(args: &RebaseArgs) -> Result<Code> {
-    let RebaseArgs { dir, onto, output, parents, durability } = args;
+    let RebaseArgs { dir, onto, output, chain, durability } = args;
     let Some(onto) = onto else {
         return flatten(&FlattenArgs {
             dir: dir.clone(),
             output: output.clone(),
-            parents: parents.clone(),
+            chain: chain.clone(),
             durability: *durability,
         });
     };
@@ -33,7 +33,7 @@ pub(crate) fn rebase(args: &RebaseArgs) -> Result<Code> {
         types::Durability::None => Durability::None,
     };
     let run = Run { observer: &bar, cancel, ..Run::default() };
-    let made = write_again(dir, parents, onto, output, durability, &run);
+    let made = write_again(dir, &chain.parents, onto, output, durability, &run);
     drop(bar);
     let Rebased { id, parent, links, stored } = made.map_err(events::failure)?;
     // Without the note a removal of the parent finds the difference only where it looks itself.

@@ -105,7 +105,7 @@ fn options<'a>(
             true => ChangedDisks::Accept,
             false => ChangedDisks::Refuse,
         },
-        parents: args.parents.clone(),
+        parents: args.chain.parents.clone(),
         // What is to stay is whole before the guest runs, whatever becomes of this process.
         disks: match (args.mode, &args.disk_dir) {
             (ModeArg::Eager, _) | (_, Some(_)) => DiskLoad::Eager,

@@ -21,7 +21,8 @@ struct Answer {
 
 pub(crate) fn verify(args: &VerifyArgs) -> Result<Code> {
     let bar = ByteBar::new("verify");
-    let checked = check(&args.dir, &args.parents, Control { progress: &bar, ..Control::default() });
+    let checked =
+        check(&args.dir, &args.chain.parents, Control { progress: &bar, ..Control::default() });
     drop(bar);
     let dir = args.dir.display();
     match checked {
