@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -435,6 +436,8 @@ fn check_replaced(output: &Path, options: &CaptureOptions<'_>) -> Result<(), Cap
 pub(crate) struct Parent {
     snapshot: Snapshot,
     images: Vec<ImageReader>,
+    /// It stays until what builds on it is published.
+    _kept: Option<OwnedFd>,
 }
 
 impl Parent {
@@ -442,6 +445,7 @@ impl Parent {
     fn open(path: &Path, output: &Path) -> Result<Self, CaptureError> {
         let path = std::fs::canonicalize(path)
             .map_err(|error| FormatError::io(path.display().to_string(), "open", error))?;
+        let kept = remove::keep(&path);
         let snapshot = Snapshot::open_chain(&path, &[])?;
         if snapshot.chain().count() >= MAX_CHAIN {
             return Err(FormatError::ChainTooLong { path: output.to_owned() }.into());
@@ -454,7 +458,7 @@ impl Parent {
         let records = snapshot.manifest().images.iter();
         let images = records.map(|record| ImageReader::open(&snapshot, &record.name));
         let images = images.collect::<Result<_, _>>()?;
-        Ok(Self { snapshot, images })
+        Ok(Self { snapshot, images, _kept: kept })
     }
 
     pub(crate) fn image(&self, name: &str) -> Option<&ImageReader> {

@@ -13,7 +13,10 @@ use squib_formats::{
     snapshot_dir::Snapshot,
 };
 
-use crate::observe::{Phase, Run};
+use crate::{
+    observe::{Phase, Run},
+    remove,
+};
 
 /// What [`rebase`] wrote.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +47,7 @@ pub fn rebase(
     let snapshot = Snapshot::open_chain(path, parents)?;
     let onto = std::fs::canonicalize(onto)
         .map_err(|error| FormatError::io(onto.display().to_string(), "open", error))?;
+    let _kept = remove::keep(&onto);
     let parent = Snapshot::open_chain(&onto, parents)?;
     let links = parent.chain().count() + 1;
     if links > MAX_CHAIN {

@@ -7,11 +7,15 @@ use std::{
     collections::{HashMap, HashSet},
     fs::{self, File},
     io,
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use rustix::{
+    fs::{FlockOperation, Mode, OFlags},
+    io::Errno,
+};
 use serde::Serialize;
 use squib_formats::{digest::Digest, error::FormatError, snapshot_dir::Snapshot, storage};
 
@@ -54,6 +58,12 @@ pub enum RemoveError {
         path: PathBuf,
         /// Those that need it, the closest first.
         dependents: Vec<Dependent>,
+    },
+    /// A difference to it is being written just now.
+    #[error("{}: a difference to it is being written; try again when that is done", .path.display())]
+    InUse {
+        /// The snapshot.
+        path: PathBuf,
     },
     /// The directory has files that do not belong to the snapshot.
     #[error(
@@ -125,6 +135,11 @@ pub fn remove(path: &Path, places: &[PathBuf], force: bool) -> Result<Removed, R
     // What has no header of any version is not removed, whatever the caller says.
     Snapshot::peek(path)?;
     let path = &canonical(path)?;
+    // Before the dependents are looked for: one that was finished since then has let go of it by now.
+    let alone = hold(path, FlockOperation::NonBlockingLockExclusive);
+    if !force && matches!(alone, Err(Errno::WOULDBLOCK)) {
+        return Err(RemoveError::InUse { path: path.clone() });
+    }
     let (id, unlisted, dependents) = match Snapshot::open(path) {
         Ok(snapshot) => (Some(snapshot.id()), snapshot.unlisted()?, dependents(path, places)?),
         Err(_) if force => (None, Vec::new(), Vec::new()),
@@ -141,7 +156,21 @@ pub fn remove(path: &Path, places: &[PathBuf], force: bool) -> Result<Removed, R
     }
     let bytes = bytes_in(path);
     take_away(path)?;
+    drop(alone);
     Ok(Removed { id, bytes, unlisted, dependents })
+}
+
+/// Keeps the snapshot at `path` from being removed, as long as the answer lives, while one that builds on it is
+/// written. A file system that cannot lock does without.
+pub(crate) fn keep(path: &Path) -> Option<OwnedFd> {
+    hold(path, FlockOperation::NonBlockingLockShared).ok()
+}
+
+fn hold(path: &Path, how: FlockOperation) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(path, flags, Mode::empty())?;
+    rustix::fs::flock(&dir, how)?;
+    Ok(dir)
 }
 
 /// What a refusal says of the snapshots that are in the way.

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use parking_lot::Mutex;
 use squib_formats::{
     image::{Control, ImageReader, digest_file},
     snapshot_dir::Snapshot,
@@ -16,7 +17,8 @@ use squib_snapshot::{
     diff::{Region, diff},
     flatten::flatten,
     inspect::inspect,
-    observe::Run,
+    observe::{Observer, Phase, Run},
+    remove::{RemoveError, Removed, remove},
     verify::verify,
 };
 use vm_memory::{Bytes, GuestAddress};
@@ -74,6 +76,37 @@ fn a_difference_and_a_full_snapshot_of_one_state_have_equal_digests() {
     let disk = ImageReader::open(&flat, "disk-root").unwrap();
     let now = digest_file(guest.disk_path(0), Control::default()).unwrap();
     assert_eq!(disk.record().digest, now.digest);
+}
+
+/// Tries to remove the snapshot `.0` whenever a capture goes on.
+struct Remover(PathBuf, Mutex<Vec<Result<Removed, RemoveError>>>);
+
+impl Observer for Remover {
+    fn begin(&self, phase: &Phase) {
+        if *phase != Phase::Pause {
+            self.1.lock().push(remove(&self.0, &[], false));
+        }
+    }
+}
+
+#[test]
+fn a_parent_is_not_removed_while_a_difference_to_it_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let guest = Still::new(dir.path());
+    capture(&guest, &at("a"), &options(None)).unwrap();
+    let remover = Remover(at("a"), Mutex::default());
+    let run = Run { observer: &remover, ..Run::default() };
+    capture(&guest, &at("b"), &CaptureOptions { run, ..options(Some(at("a"))) }).unwrap();
+    let tries = remover.1.into_inner();
+    assert!(tries.len() > 3);
+    for tried in tries {
+        assert!(matches!(tried, Err(RemoveError::InUse { .. })), "{tried:?}");
+    }
+    let tried = remove(&at("a"), &[], false);
+    assert!(matches!(tried, Err(RemoveError::Needed { .. })), "{tried:?}");
+    remove(&at("b"), &[], false).unwrap();
+    remove(&at("a"), &[], false).unwrap();
 }
 
 #[test]
