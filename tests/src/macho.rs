@@ -6,13 +6,14 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use object::{
     Endianness, Object as _, ObjectSegment as _,
-    macho::{self, MachHeader64},
+    macho::{self, LinkeditDataCommand, MachHeader64},
     read::macho::{MachHeader as _, MachOFile64},
 };
 
 /// Where the framework is on a Mac.
 pub const FRAMEWORK: &str = "/Hypervisor.framework/";
 
+const ENTITLEMENT: &[u8] = b"<key>com.apple.security.hypervisor</key>";
 /// The macOS from which on the framework has an interrupt controller.
 const FRAMEWORK_MACOS: u32 = 15;
 
@@ -25,6 +26,8 @@ pub struct Binary {
     pub page: u64,
     /// Whether it has a code signature of any kind. Without one the kernel does not start it.
     pub signed: bool,
+    /// Whether the signature claims the entitlement for Hypervisor.framework.
+    pub entitled: bool,
     /// Names of the imported symbols, by the library that each is taken from.
     pub imports: BTreeMap<String, Vec<String>>,
 }
@@ -46,6 +49,7 @@ impl Binary {
             // What an address of every segment is a multiple of.
             page: file.segments().map(|segment| lowest_bit(segment.address())).min().unwrap_or(0),
             signed: false,
+            entitled: false,
             imports: BTreeMap::new(),
         };
         let mut commands = header.load_commands(endian, bytes, 0)?;
@@ -63,7 +67,15 @@ impl Binary {
                 let name = command.string(endian, dylib.dylib.name)?;
                 binary.imports.entry(text(name)).or_default();
             }
-            binary.signed |= command.cmd() == macho::LC_CODE_SIGNATURE;
+            if command.cmd() == macho::LC_CODE_SIGNATURE {
+                binary.signed = true;
+                let place: &LinkeditDataCommand<_> = command.data()?;
+                let start = place.dataoff.get(endian) as usize;
+                let end = start.saturating_add(place.datasize.get(endian) as usize);
+                // The claims lie there as the text of a property list.
+                let signature = bytes.get(start..end).unwrap_or_default();
+                binary.entitled = signature.windows(ENTITLEMENT.len()).any(|at| at == ENTITLEMENT);
+            }
         }
         for import in file.imports()? {
             let library = binary.imports.entry(text(import.library())).or_default();
@@ -87,6 +99,11 @@ impl Binary {
         if let Some((major, minor)) = self.least_macos {
             lines.push(format!("macOS {major}.{minor} or later"));
         }
+        lines.push(match (self.signed, self.entitled) {
+            (_, true) => "signed, with the entitlement for Hypervisor.framework".to_owned(),
+            (true, false) => "signed, without the entitlement for Hypervisor.framework".to_owned(),
+            (false, false) => "not signed".to_owned(),
+        });
         for (library, symbols) in &self.imports {
             lines.push(format!("{:>4} symbols of {library}", symbols.len()));
         }
@@ -257,6 +274,24 @@ mod tests {
         assert!(faults.contains("macOS 11.0") && faults.contains("DEPLOYMENT_TARGET"), "{faults}");
         let without = Binary::read(&executable(ARM64, &old, Some("_exit"))).unwrap();
         assert_eq!(without.faults(false), [""; 0]);
+    }
+
+    #[test]
+    fn the_entitlement_is_found_in_the_signature_and_nowhere_else() {
+        let list = include_bytes!("../../cli/squib.entitlements");
+        let file = executable(ARM64, &commands(FRAMEWORK_PATH), Some("_hv_vm_create"));
+        let with = |start: usize, size: usize| {
+            let mut file = [&file[..], list].concat();
+            // The second command, after the header and the version.
+            file[32 + 24 + 8..][..4].copy_from_slice(&(start as u32).to_le_bytes());
+            file[32 + 24 + 12..][..4].copy_from_slice(&(size as u32).to_le_bytes());
+            Binary::read(&file).unwrap()
+        };
+        assert!(with(file.len(), list.len()).entitled);
+        assert!(!with(file.len(), 8).entitled);
+        assert!(!with(usize::MAX, list.len()).entitled);
+        let said = with(0, 0).lines().join("\n");
+        assert!(said.contains("without the entitlement"), "{said}");
     }
 
     #[test]
