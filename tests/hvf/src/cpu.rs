@@ -12,7 +12,8 @@ use squib_soft::{Counter, Cpu, CpuState, Exit, Ram, Shared, SysReg};
 use crate::{
     decode,
     gic::{self, Chip},
-    rules::{self, Answer, BAD_ARGUMENT, violation},
+    host::host,
+    rules::{self, Answer, BAD_ARGUMENT, Report, Walk, violation},
     system, time,
     vcpu::Entry,
     vm,
@@ -27,6 +28,11 @@ const DATA_ABORT: u64 = 0x24;
 /// DFSC: translation or permission fault, level 3.
 const TRANSLATION_FAULT: u64 = 0b000111;
 const PERMISSION_FAULT: u64 = 0b001111;
+const S1PTW: u64 = 1 << 7;
+/// CM with WnR.
+const CACHE_MAINTENANCE: u64 = 1 << 8 | 1 << 6;
+const PFR1: u16 = hv::hv_sys_reg_t::ID_AA64PFR1_EL1 as u16;
+const PFR1_SME: u64 = 0xf << 24;
 
 /// What the caller must have done to PC before the next run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -57,6 +63,7 @@ pub(crate) struct Local {
     /// One of the timers' outputs is high.
     timer_line: bool,
     pub(crate) mpidr: Option<u64>,
+    sme_hidden: bool,
     /// Registers of the framework that the software CPU lacks.
     extra: BTreeMap<u16, u64>,
 }
@@ -80,6 +87,7 @@ impl Local {
             loading: None,
             timer_line: false,
             mpidr: None,
+            sme_hidden: false,
             extra: BTreeMap::new(),
         }
     }
@@ -145,11 +153,11 @@ impl Local {
         if reg == hv::hv_sys_reg_t::MPIDR_EL1 as u16 {
             return Ok(self.mpidr.unwrap_or(0));
         }
-        if needs_el2(reg) || system::is_secret(reg) {
+        if is_refused(reg) || system::is_secret(reg) {
             return Err(BAD_ARGUMENT);
         }
-        if let Some((_, value)) = squib_soft::id_registers().iter().find(|(id, _)| id.0 == reg) {
-            return Ok(*value);
+        if let Some(value) = id_register(reg) {
+            return Ok(if self.sme_hidden && reg == PFR1 { value & !PFR1_SME } else { value });
         }
         let regs = self.regs();
         Ok(match reg {
@@ -166,11 +174,16 @@ impl Local {
         if reg == hv::hv_sys_reg_t::MPIDR_EL1 as u16 {
             return self.set_mpidr(value);
         }
-        if needs_el2(reg) || system::is_secret(reg) {
+        if is_refused(reg) || system::is_secret(reg) {
             return Err(BAD_ARGUMENT);
         }
         // op0 = 3, op1 = 0, CRn = 0.
         if reg >> 7 == 0xc000 >> 7 {
+            let hides = id_register(reg).is_some_and(|old| value == old & !PFR1_SME);
+            if reg == PFR1 && hides && self.cpu.is_none() {
+                self.sme_hidden = true;
+                return Ok(());
+            }
             return Err(violation(format!("identification register {} is set", SysReg(reg))));
         }
         let regs = self.regs_mut();
@@ -195,7 +208,7 @@ impl Local {
             return Err(violation("MPIDR_EL1 is set after a run"));
         }
         // The redistributors are numbered in that order whatever MPIDR_EL1 says.
-        if index != self.entry.order {
+        if self.mpidr.is_none() && index != self.entry.order {
             let order = self.entry.order;
             return Err(violation(format!("vCPU {index} is made as number {order}")));
         }
@@ -214,6 +227,16 @@ impl Local {
             return Err(violation("a run without MPIDR_EL1"));
         };
         let chip = gic::chip()?;
+        if host().sme && !self.sme_hidden {
+            return Err(violation("a guest sees SME, whose registers nobody saves"));
+        }
+        if host().timer_exits && self.timer_masked {
+            return Err(violation("a run with the timer masked since it left the guest"));
+        }
+        if let Some(exit) = rules::exit_this_run() {
+            self.expected = Pc::Free;
+            return self.leave(exit.reason, exit.syndrome, exit.address);
+        }
         if self.entry.exit_requested.swap(false, Ordering::SeqCst) || rules::cancel_this_run() {
             return self.leave(hv::hv_exit_reason_t::CANCELED, 0, 0);
         }
@@ -328,7 +351,16 @@ impl Local {
                     self.expected = Pc::At(pc);
                     let instruction = cpu.instruction_at(pc);
                     let class = if instruction.is_none() { INSTRUCTION_ABORT } else { DATA_ABORT };
-                    let fault = if write { PERMISSION_FAULT } else { TRANSLATION_FAULT };
+                    let readable = vm::with(|vm| Ok(vm.is_readable(address)))?;
+                    let fault = if readable { PERMISSION_FAULT } else { TRANSLATION_FAULT };
+                    if readable
+                        && write
+                        && let Some(walk) = rules::walk()
+                    {
+                        let fetch = walk == Walk::Fetch;
+                        let class = if fetch { INSTRUCTION_ABORT } else { DATA_ABORT };
+                        return self.trap(decode::syndrome(class, S1PTW | fault), address);
+                    }
                     let iss = decode::access(instruction, write) | fault;
                     return self.trap(decode::syndrome(class, iss), address);
                 }
@@ -350,15 +382,21 @@ impl Local {
                     return self.trap(decode::syndrome(SMC, imm.into()), 0);
                 }
                 // With its own interrupt controller the framework sleeps itself.
-                Exit::Wfi if !rules::shows_wfi() => self.sleep(),
+                Exit::Wfi if !host().shows_wfi => self.sleep(),
                 Exit::Wfi => {
                     self.carried_out(at);
+                    // Whether to sleep is the caller's affair: a guest that runs again has been woken.
+                    self.regs_mut().waiting = false;
                     return self.trap(decode::syndrome(WFX, 0), 0);
                 }
                 Exit::TimerLines { virt, phys } => {
                     self.timer_line = virt || phys;
                     chip.gic.set_ppi(index, map::CNTV_INTID, virt);
                     chip.gic.set_ppi(index, map::CNTP_INTID, phys);
+                    if virt && host().timer_exits {
+                        self.timer_masked = true;
+                        return self.leave(hv::hv_exit_reason_t::VTIMER_ACTIVATED, 0, 0);
+                    }
                 }
                 Exit::Limit => {}
                 Exit::Kicked => {
@@ -393,7 +431,15 @@ impl Local {
     fn abort(&mut self, at: u64, address: u64, write: bool) -> Answer {
         self.carried_out(at);
         let instruction = self.cpu.as_ref().and_then(|(_, cpu)| cpu.instruction_at(at));
-        let shown = instruction.filter(|_| !rules::hide_this_access());
+        let report = rules::report_this(|report| match report {
+            Report::Hidden => true,
+            Report::CacheMaintenance => write,
+        });
+        if report == Some(Report::CacheMaintenance) {
+            let iss = CACHE_MAINTENANCE | TRANSLATION_FAULT;
+            return self.trap(decode::syndrome(DATA_ABORT, iss), address);
+        }
+        let shown = instruction.filter(|_| report.is_none());
         if !write {
             self.loading = instruction.map(|instruction| (instruction & 31) as u8);
         }
@@ -433,12 +479,30 @@ impl Local {
     }
 }
 
-/// Registers that are there with EL2 only.
-fn needs_el2(reg: u16) -> bool {
-    let op1 = reg >> 11 & 7;
+/// Registers that the framework does not give: those that are there with EL2 only, the PMU's, the OS locks
+/// and CNTFRQ_EL0.
+fn is_refused(reg: u16) -> bool {
+    const OSLAR: u16 = 0x8084;
+    const OSDLR: u16 = 0x809c;
+    const CNTFRQ: u16 = 0xdf00;
+    let (op0, op1, crn, crm) = (reg >> 14, reg >> 11 & 7, reg >> 7 & 15, reg >> 3 & 15);
+    let needs_el2 = op1 == 4 && reg != hv::hv_sys_reg_t::SP_EL1 as u16;
     let is_cntp = (hv::hv_sys_reg_t::CNTP_TVAL_EL0 as u16..=hv::hv_sys_reg_t::CNTP_CVAL_EL0 as u16)
         .contains(&reg);
-    op1 == 4 && reg != hv::hv_sys_reg_t::SP_EL1 as u16 || is_cntp
+    // PMCR_EL0 to PMOVSSET_EL0, PMINTENSET_EL1; PMEVCNTRn_EL0 to PMCCFILTR_EL0.
+    let is_pmu = op0 == 3
+        && (crn == 9 && (12..=14).contains(&crm) && matches!(op1, 0 | 3)
+            || crn == 14 && crm >= 8 && op1 == 3);
+    needs_el2 || is_cntp || is_pmu || [OSLAR, OSDLR, CNTFRQ].contains(&reg)
+}
+
+/// Value of an identification register as this host's CPU has it.
+pub(crate) fn id_register(reg: u16) -> Option<u64> {
+    let found = squib_soft::id_registers().into_iter().find(|(id, _)| id.0 == reg);
+    match found.map(|(_, value)| value) {
+        value if reg == PFR1 && host().sme => Some(value.unwrap_or(0) | 1 << 24),
+        value => value,
+    }
 }
 
 /// A software CPU out of reset.

@@ -17,18 +17,13 @@ use squib_formats::persist::{Section, Versioned};
 use squib_soft::Signals;
 
 use crate::{
+    host::{Geometry, host},
     object::Object,
     rules::{Answer, BAD_ARGUMENT, begin, code, give, violation},
     system, vcpu,
     vm::{self, Vm},
 };
 
-const GICD_SIZE: usize = 0x1_0000;
-const GICR_SIZE: usize = 0x2_0000;
-const GICR_REGION: usize = 32 * GICR_SIZE;
-const MSI_SIZE: usize = 0x1_0000;
-const ALIGNMENT: usize = 0x1_0000;
-const SPIS: (u32, u32) = (32, 988);
 /// What every state begins with, before the build of the host that made it.
 const MAGIC: &[u8] = b"standin1";
 
@@ -39,23 +34,25 @@ pub(crate) struct Chip {
     gicd: u64,
     gicr: u64,
     msi_intids: (u32, u32),
+    geometry: Geometry,
 }
 
 impl Chip {
     pub(crate) fn redistributor(&self, index: u32) -> u64 {
-        self.gicr + u64::from(index) * GICR_SIZE as u64
+        let Geometry { redistributor_offset, redistributor_size, .. } = self.geometry;
+        self.gicr + redistributor_offset + u64::from(index) * redistributor_size as u64
     }
 
     /// The registers at guest-physical `address`, with the offset there.
     pub(crate) fn frame(&self, address: u64) -> Option<(Box<dyn MachineDevice>, u64)> {
         let inside =
             |base: u64, size: usize| address.checked_sub(base).filter(|at| *at < size as u64);
-        let gicd = inside(self.gicd, GICD_SIZE).map(|at| {
+        let gicd = inside(self.gicd, self.geometry.distributor_size).map(|at| {
             let frame: Box<dyn MachineDevice> = Box::new(GicDistributor(Arc::clone(&self.gic)));
             (frame, at)
         });
         gicd.or_else(|| {
-            let at = inside(self.gicr, GICR_REGION)?;
+            let at = inside(self.gicr, self.geometry.redistributor_region_size)?;
             Some((Box::new(GicRedistributors(Arc::clone(&self.gic))), at))
         })
     }
@@ -125,18 +122,26 @@ fn create(vm: &mut Vm, config: &Object) -> Answer {
             "an interrupt controller without distributor, redistributors or messages",
         ));
     };
-    let mut regions = [(gicd, GICD_SIZE), (gicr, GICR_REGION), (msi, MSI_SIZE)];
+    let geometry = host().gic;
+    let mut regions = [
+        (gicd, geometry.distributor_size),
+        (gicr, geometry.redistributor_region_size),
+        (msi, geometry.msi_size),
+    ];
     regions.sort_unstable();
-    let aligned = regions.iter().all(|(base, _)| base.is_multiple_of(ALIGNMENT as u64));
+    let aligned = gicd.is_multiple_of(geometry.distributor_alignment as u64)
+        && gicr.is_multiple_of(geometry.redistributor_alignment as u64)
+        && msi.is_multiple_of(geometry.msi_alignment as u64);
     let apart = regions.windows(2).all(|pair| pair[0].0 + pair[0].1 as u64 <= pair[1].0);
     let (first, end) = (msi_intids.0, msi_intids.0.saturating_add(msi_intids.1));
-    if !aligned || !apart || first < SPIS.0 || end > SPIS.0 + SPIS.1 {
+    let spis = geometry.spis;
+    if !aligned || !apart || first < spis.0 || end > spis.0 + spis.1 {
         return Err(violation(format!(
             "an interrupt controller with regions {regions:x?}, messages {msi_intids:?}"
         )));
     }
     let (gic, outputs) = new_gic();
-    vm.gic = Some(Arc::new(Chip { gic, outputs, gicd, gicr, msi_intids }));
+    vm.gic = Some(Arc::new(Chip { gic, outputs, gicd, gicr, msi_intids, geometry }));
     Ok(())
 }
 
@@ -151,7 +156,8 @@ pub(crate) fn chip() -> Answer<Arc<Chip>> {
 fn set_spi(intid: u32, level: bool) -> Answer {
     let chip = chip()?;
     let (first, count) = chip.msi_intids;
-    if !(SPIS.0..SPIS.0 + SPIS.1).contains(&intid) || (first..first + count).contains(&intid) {
+    let spis = chip.geometry.spis;
+    if !(spis.0..spis.0 + spis.1).contains(&intid) || (first..first + count).contains(&intid) {
         return Err(violation(format!("interrupt {intid} has no line")));
     }
     chip.gic.set_spi(intid, level);
@@ -255,23 +261,23 @@ unsafe extern "C" fn hv_gic_config_set_msi_interrupt_range(
 }
 
 macro_rules! size {
-    ($($call:ident = $value:expr;)*) => {$(
+    ($($call:ident = $value:ident;)*) => {$(
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $call(size: *mut usize) -> hv::hv_return_t {
             // SAFETY: the caller gives a place for the answer.
-            unsafe { give(stringify!($call), size, || Ok($value)) }
+            unsafe { give(stringify!($call), size, || Ok(host().gic.$value)) }
         }
     )*};
 }
 
 size! {
-    hv_gic_get_distributor_size = GICD_SIZE;
-    hv_gic_get_distributor_base_alignment = ALIGNMENT;
-    hv_gic_get_redistributor_region_size = GICR_REGION;
-    hv_gic_get_redistributor_size = GICR_SIZE;
-    hv_gic_get_redistributor_base_alignment = ALIGNMENT;
-    hv_gic_get_msi_region_size = MSI_SIZE;
-    hv_gic_get_msi_region_base_alignment = ALIGNMENT;
+    hv_gic_get_distributor_size = distributor_size;
+    hv_gic_get_distributor_base_alignment = distributor_alignment;
+    hv_gic_get_redistributor_region_size = redistributor_region_size;
+    hv_gic_get_redistributor_size = redistributor_size;
+    hv_gic_get_redistributor_base_alignment = redistributor_alignment;
+    hv_gic_get_msi_region_size = msi_size;
+    hv_gic_get_msi_region_base_alignment = msi_alignment;
 }
 
 #[unsafe(no_mangle)]
@@ -282,8 +288,9 @@ unsafe extern "C" fn hv_gic_get_spi_interrupt_range(
     // SAFETY: the caller gives places for both answers.
     unsafe {
         give("hv_gic_get_spi_interrupt_range", first, || {
-            count.write(SPIS.1);
-            Ok(SPIS.0)
+            let (start, found) = host().gic.spis;
+            count.write(found);
+            Ok(start)
         })
     }
 }
@@ -294,7 +301,14 @@ unsafe extern "C" fn hv_gic_get_intid(
     intid: *mut u32,
 ) -> hv::hv_return_t {
     // SAFETY: the caller gives a place for the answer.
-    unsafe { give("hv_gic_get_intid", intid, || Ok(interrupt as u32)) }
+    unsafe {
+        give("hv_gic_get_intid", intid, || {
+            Ok(match interrupt {
+                hv::hv_gic_intid_t::EL1_VIRTUAL_TIMER => host().gic.timer,
+                other => other as u32,
+            })
+        })
+    }
 }
 
 #[unsafe(no_mangle)]

@@ -4,7 +4,7 @@
 //!
 //! It is stricter than the framework: what the framework forbids, and what it would bear but no backend
 //! should do, is a [violation](Session::violations) that fails the test. Calls fail, vCPUs leave the guest
-//! and aborts lose their description [when told to](Session::inject).
+//! and aborts are described otherwise [when told to](Session::inject), and [hosts](Host) differ.
 //!
 //! There is one virtual machine a process, so a test begins with a [`Session`], of which there is one at a
 //! time.
@@ -13,6 +13,7 @@
 mod cpu;
 mod decode;
 mod gic;
+mod host;
 mod object;
 mod rules;
 mod system;
@@ -20,5 +21,6 @@ mod time;
 mod vcpu;
 mod vm;
 
-pub use applevisor_sys::hv_error_t;
-pub use rules::Session;
+pub use applevisor_sys::{hv_error_t, hv_exit_reason_t};
+pub use host::{Geometry, Host};
+pub use rules::{Exit, Report, Session, Walk};

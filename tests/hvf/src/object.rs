@@ -1,6 +1,13 @@
 //! Objects that a caller owns until it releases them.
 
-use std::ffi::c_void;
+use std::{collections::BTreeSet, ffi::c_void};
+
+use parking_lot::Mutex;
+
+use crate::rules::violation;
+
+/// Addresses of the objects that were given out and not released.
+static LIVE: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 
 /// What is behind a pointer that was given out.
 pub(crate) enum Object {
@@ -19,22 +26,43 @@ pub(crate) enum Object {
 
 impl Object {
     pub(crate) fn give(self) -> *mut c_void {
-        Box::into_raw(Box::new(self)).cast()
+        let pointer = Box::into_raw(Box::new(self));
+        LIVE.lock().insert(pointer as usize);
+        pointer.cast()
     }
 
+    /// The object at `pointer`; none for null, and for what is no object, which is a violation.
+    ///
     /// # Safety
     ///
-    /// `pointer` must be from [`give`](Self::give) and not released, and nobody else may use it meanwhile.
+    /// Nobody else may use the object meanwhile.
     pub(crate) unsafe fn of<'a>(pointer: *mut c_void) -> Option<&'a mut Self> {
-        // SAFETY: as the caller promises; null is none.
+        if pointer.is_null() {
+            return None;
+        }
+        if !LIVE.lock().contains(&(pointer as usize)) {
+            violation("an object is used that is none, or was released");
+            return None;
+        }
+        // SAFETY: it is from `give` and was not released; the rest is the caller's promise.
         unsafe { pointer.cast::<Self>().as_mut() }
     }
 }
 
+/// Forgets all objects, and answers how many were not released.
+pub(crate) fn forget() -> usize {
+    std::mem::take(&mut *LIVE.lock()).len()
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn os_release(object: *mut c_void) {
-    if !object.is_null() {
-        // SAFETY: the caller owns an object that `give` made, and gives it back.
-        drop(unsafe { Box::from_raw(object.cast::<Object>()) });
+    if object.is_null() {
+        return;
     }
+    if !LIVE.lock().remove(&(object as usize)) {
+        violation("an object is released that is none, or was released before");
+        return;
+    }
+    // SAFETY: it is from `give` and was not released; the caller owns it, and gives it back.
+    drop(unsafe { Box::from_raw(object.cast::<Object>()) });
 }

@@ -1,44 +1,99 @@
 //! What is counted, injected and forbidden.
 
 use std::{
-    collections::BTreeMap,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
-use applevisor_sys::{hv_error_t, hv_return_t};
+use applevisor_sys::{hv_error_t, hv_exit_reason_t, hv_return_t};
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::{system, time, vm};
+use crate::{
+    host::{self, Host},
+    object, system, time, vm,
+};
 
 static SESSION: Mutex<()> = Mutex::new(());
-static LOG: Mutex<Log> =
-    Mutex::new(Log { calls: BTreeMap::new(), injected: BTreeMap::new(), violations: Vec::new() });
+static LOG: Mutex<Log> = Mutex::new(Log::NONE);
 static CANCEL_EVERY: AtomicU32 = AtomicU32::new(0);
 static RUNS: AtomicU32 = AtomicU32::new(0);
-static NO_ISV: AtomicBool = AtomicBool::new(false);
-static WFI: AtomicBool = AtomicBool::new(false);
+static REPORT: Mutex<Option<Report>> = Mutex::new(None);
+static WALK: Mutex<Option<Walk>> = Mutex::new(None);
+static WALKS: AtomicU32 = AtomicU32::new(0);
+static EXITS: Mutex<Option<(u32, Exit)>> = Mutex::new(None);
 
 struct Log {
     calls: BTreeMap<&'static str, u32>,
     /// By call: how many succeed before, and the code of all that follow.
     injected: BTreeMap<&'static str, (u32, hv_return_t)>,
+    /// Calls that were made to fail. What follows from that is no mistake of the caller.
+    failed: BTreeSet<&'static str>,
     violations: Vec<String>,
 }
 
-/// The time in which one test has the stand-in for itself. When it ends, there must be no virtual machine
-/// and no violation.
+impl Log {
+    const NONE: Self = Self {
+        calls: BTreeMap::new(),
+        injected: BTreeMap::new(),
+        failed: BTreeSet::new(),
+        violations: Vec::new(),
+    };
+}
+
+/// An exit that no guest has caused.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// Its reason.
+    pub reason: hv_exit_reason_t,
+    /// ESR_EL2, for an exception.
+    pub syndrome: u64,
+    /// The guest-physical address, for an abort.
+    pub address: u64,
+}
+
+/// How an abort is reported that the next fitting access causes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// An access to a device: without a description of its instruction.
+    Hidden,
+    /// A store to a device: as cache maintenance by address.
+    CacheMaintenance,
+}
+
+/// What a walk of the guest's translation table is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walk {
+    /// A load.
+    Load,
+    /// An instruction fetch.
+    Fetch,
+}
+
+/// The time in which one test has the stand-in for itself. When it ends, there must be no virtual machine,
+/// no object that was not released, and no violation.
 pub struct Session {
     _alone: MutexGuard<'static, ()>,
 }
 
 impl Session {
-    /// Waits for its turn; nothing is injected.
+    /// Waits for its turn; nothing is injected, and the host is the usual one.
     pub fn begin() -> Self {
+        Self::begin_on(Host::USUAL)
+    }
+
+    /// Waits for its turn; nothing is injected.
+    pub fn begin_on(host: Host) -> Self {
         let alone = SESSION.lock();
         squib_vmm::hypervisor::hvf::use_stand_in();
         let session = Self { _alone: alone };
         session.clear();
+        host::set(host);
         session
+    }
+
+    /// From now on the process is on `host`.
+    pub fn move_to(&self, host: Host) {
+        host::set(host);
     }
 
     /// Lets `call` fail with `code` from now on, but for the next `after` times.
@@ -56,20 +111,40 @@ impl Session {
         CANCEL_EVERY.store(n, Ordering::SeqCst);
     }
 
-    /// Lets the next access to a device leave the guest without a description of its instruction.
-    pub fn hide_next_access(&self) {
-        NO_ISV.store(true, Ordering::SeqCst);
+    /// Lets the next access that fits be reported as `report` says.
+    pub fn report_next(&self, report: Report) {
+        *REPORT.lock() = Some(report);
     }
 
-    /// Lets a WFI leave the guest. With an interrupt controller of its own the framework sleeps itself, at least
-    /// on the systems where that was seen.
-    pub fn show_wfi(&self) {
-        WFI.store(true, Ordering::SeqCst);
+    /// Lets every write to memory that may only be read be reported as that of a walk of the guest's
+    /// translation table, which WnR does not tell of; until this is called with none.
+    pub fn report_walks(&self, walk: Option<Walk>) {
+        *WALK.lock() = walk;
+    }
+
+    /// How often that was done since the session began.
+    pub fn walks(&self) -> u32 {
+        WALKS.load(Ordering::SeqCst)
+    }
+
+    /// Whether what [`report_next`](Self::report_next) said still waits for its access.
+    pub fn is_report_due(&self) -> bool {
+        REPORT.lock().is_some()
+    }
+
+    /// Lets the next `times` runs return at once with `exit`, for which PC may be anywhere.
+    pub fn exit_next(&self, times: u32, exit: Exit) {
+        *EXITS.lock() = Some((times, exit));
     }
 
     /// How often each call was made since the session began.
     pub fn calls(&self) -> BTreeMap<&'static str, u32> {
         LOG.lock().calls.clone()
+    }
+
+    /// Whether there is a virtual machine.
+    pub fn has_machine(&self) -> bool {
+        vm::exists()
     }
 
     /// What was done against the framework's rules; forgotten with this call.
@@ -78,16 +153,14 @@ impl Session {
     }
 
     fn clear(&self) {
-        let mut log = LOG.lock();
-        log.calls.clear();
-        log.injected.clear();
-        log.violations.clear();
-        drop(log);
+        *LOG.lock() = Log::NONE;
         CANCEL_EVERY.store(0, Ordering::SeqCst);
-        NO_ISV.store(false, Ordering::SeqCst);
-        WFI.store(false, Ordering::SeqCst);
         system::reset();
         time::reset();
+        *REPORT.lock() = None;
+        *WALK.lock() = None;
+        WALKS.store(0, Ordering::SeqCst);
+        *EXITS.lock() = None;
     }
 }
 
@@ -97,6 +170,10 @@ impl Drop for Session {
         if vm::exists() {
             found.push("the virtual machine was not destroyed".to_owned());
             vm::forget();
+        }
+        let objects = object::forget();
+        if objects > 0 {
+            found.push(format!("{objects} objects were not released"));
         }
         self.clear();
         if !std::thread::panicking() {
@@ -113,13 +190,22 @@ pub(crate) fn begin(call: &'static str) -> Answer {
     let mut log = LOG.lock();
     *log.calls.entry(call).or_default() += 1;
     match log.injected.get_mut(call) {
-        Some((0, code)) => Err(*code),
+        Some((0, code)) => {
+            let code = *code;
+            log.failed.insert(call);
+            Err(code)
+        }
         Some((left, _)) => {
             *left -= 1;
             Ok(())
         }
         None => Ok(()),
     }
+}
+
+/// Whether `call` was made to fail in this session.
+pub(crate) fn has_failed(call: &'static str) -> bool {
+    LOG.lock().failed.contains(call)
 }
 
 /// Notes something that must not be done, and answers what the framework might.
@@ -138,14 +224,28 @@ pub(crate) fn cancel_this_run() -> bool {
     every > 0 && RUNS.fetch_add(1, Ordering::SeqCst) % every == every - 1
 }
 
-/// Whether this abort is to have no description.
-pub(crate) fn hide_this_access() -> bool {
-    NO_ISV.swap(false, Ordering::SeqCst)
+/// How this run is to end before it begins, if it is.
+pub(crate) fn exit_this_run() -> Option<Exit> {
+    let mut exits = EXITS.lock();
+    let (left, exit) = exits.as_mut()?;
+    let exit = *exit;
+    *left -= 1;
+    exits.take_if(|(left, _)| *left == 0);
+    Some(exit)
 }
 
-/// Whether a WFI leaves the guest.
-pub(crate) fn shows_wfi() -> bool {
-    WFI.load(Ordering::SeqCst)
+/// What the write that just aborted is to be reported as, if not as it is.
+pub(crate) fn walk() -> Option<Walk> {
+    let walk = *WALK.lock();
+    if walk.is_some() {
+        WALKS.fetch_add(1, Ordering::SeqCst);
+    }
+    walk
+}
+
+/// How this abort is to be reported, if not as it is; `fits` says which reports suit it.
+pub(crate) fn report_this(fits: impl FnOnce(Report) -> bool) -> Option<Report> {
+    REPORT.lock().take_if(|report| fits(*report))
 }
 
 /// A call's answer as a C function gives it.

@@ -13,7 +13,7 @@ use std::{
 use parking_lot::Mutex;
 use squib_soft::{CNTFRQ_HZ, Counter, Cpu};
 
-use crate::rules::Session;
+use crate::{host::host, rules::Session};
 
 /// A host is never just booted.
 const UP: u64 = 1_000_000_000_000;
@@ -98,7 +98,8 @@ const _: () = assert!(CNTFRQ_HZ == 1_000_000_000);
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn mach_timebase_info(info: *mut [u32; 2]) -> i32 {
-    // SAFETY: the caller gives a place for numerator and denominator.
-    unsafe { info.write([1, 1]) };
+    let Some((numerator, denominator)) = host().timebase else { return 5 };
+    // SAFETY: the caller gives a place for both.
+    unsafe { info.write([numerator, denominator]) };
     0
 }

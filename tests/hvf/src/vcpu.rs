@@ -15,15 +15,41 @@ use parking_lot::Mutex;
 use squib_soft::Signals;
 
 use crate::{
-    cpu::Local,
+    cpu::{self, Local},
     object::Object,
-    rules::{Answer, begin, code, give, violation},
+    rules::{Answer, begin, code, give, has_failed, violation},
     vm,
 };
 
 thread_local! {
     /// The vCPUs that this thread has made.
-    static OWN: RefCell<HashMap<u64, Local>> = RefCell::default();
+    static OWN: Own = Own::default();
+}
+
+#[derive(Default)]
+struct Own(RefCell<HashMap<u64, Local>>);
+
+impl Own {
+    fn take(&self, vcpu: u64) {
+        if let Some(local) = self.0.borrow_mut().remove(&vcpu) {
+            // SAFETY: it is from `create`, and the caller does not use it any more.
+            drop(unsafe { Box::from_raw(local.exit) });
+        }
+        vm::remove_vcpu(vcpu);
+    }
+}
+
+impl Drop for Own {
+    /// The kernel ends the vCPUs of a thread that ends.
+    fn drop(&mut self) {
+        let left: Vec<u64> = self.0.borrow().keys().copied().collect();
+        for vcpu in left {
+            if !has_failed("hv_vcpu_destroy") {
+                violation(format!("the thread of vCPU {vcpu} ends before it is destroyed"));
+            }
+            self.take(vcpu);
+        }
+    }
 }
 
 /// A vCPU as all threads see it.
@@ -63,7 +89,7 @@ impl Entry {
 
 /// Does `work` on a vCPU of this thread.
 fn with<T>(vcpu: u64, work: impl FnOnce(&mut Local) -> Answer<T>) -> Answer<T> {
-    OWN.with_borrow_mut(|own| match own.get_mut(&vcpu) {
+    OWN.with(|own| match own.0.borrow_mut().get_mut(&vcpu) {
         Some(local) => work(local),
         None => {
             let found = vm::with(|vm| Ok(vm.vcpus.get(&vcpu).map(Arc::clone)))?;
@@ -96,7 +122,7 @@ fn create(vcpu: *mut u64, exit: *mut *const hv::hv_vcpu_exit_t) -> Answer {
         hv::hv_vcpu_exit_exception_t { syndrome: 0, virtual_address: 0, physical_address: 0 };
     let shown = hv::hv_vcpu_exit_t { reason: hv::hv_exit_reason_t::UNKNOWN, exception: none };
     let shown = Box::into_raw(Box::new(shown));
-    OWN.with_borrow_mut(|own| own.insert(id, Local::new(entry, shown, counter)));
+    OWN.with(|own| own.0.borrow_mut().insert(id, Local::new(entry, shown, counter)));
     // SAFETY: the caller gives places for both answers.
     unsafe {
         vcpu.write(id);
@@ -107,14 +133,8 @@ fn create(vcpu: *mut u64, exit: *mut *const hv::hv_vcpu_exit_t) -> Answer {
 
 fn destroy(vcpu: u64) -> Answer {
     with(vcpu, |_| Ok(()))?;
-    if let Some(local) = OWN.with_borrow_mut(|own| own.remove(&vcpu)) {
-        // SAFETY: it is from `create`, and the caller does not use it any more.
-        drop(unsafe { Box::from_raw(local.exit) });
-    }
-    vm::with(|vm| {
-        vm.vcpus.remove(&vcpu);
-        Ok(())
-    })
+    OWN.with(|own| own.take(vcpu));
+    Ok(())
 }
 
 fn exit_all(ids: &[u64]) -> Answer {
@@ -181,8 +201,7 @@ unsafe extern "C" fn hv_vcpu_config_get_feature_reg(
         F::CLIDR_EL1 => 0xc801,
         F::DCZID_EL0 => 0xd807,
     };
-    let known = squib_soft::id_registers();
-    let found = known.iter().find(|(id, _)| id.0 == register).map_or(0, |(_, value)| *value);
+    let found = cpu::id_register(register).unwrap_or(0);
     // SAFETY: the caller gives a place for the answer.
     unsafe { give("hv_vcpu_config_get_feature_reg", value, || Ok(found)) }
 }
@@ -247,10 +266,13 @@ extern "C" fn hv_vcpu_set_simd_fp_reg(
     code(begin("hv_vcpu_set_simd_fp_reg").and_then(|()| with(vcpu, set)))
 }
 
+/// `hv_sys_reg_t`, any number of it: a caller may try one that has no name.
+type SysRegNumber = u32;
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hv_vcpu_get_sys_reg(
     vcpu: u64,
-    reg: hv::hv_sys_reg_t,
+    reg: SysRegNumber,
     value: *mut u64,
 ) -> hv::hv_return_t {
     let answer = || with(vcpu, |local| local.sys_reg(reg as u16));
@@ -259,7 +281,7 @@ unsafe extern "C" fn hv_vcpu_get_sys_reg(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn hv_vcpu_set_sys_reg(vcpu: u64, reg: hv::hv_sys_reg_t, value: u64) -> hv::hv_return_t {
+extern "C" fn hv_vcpu_set_sys_reg(vcpu: u64, reg: SysRegNumber, value: u64) -> hv::hv_return_t {
     let set = |local: &mut Local| local.set_sys_reg(reg as u16, value);
     code(begin("hv_vcpu_set_sys_reg").and_then(|()| with(vcpu, set)))
 }

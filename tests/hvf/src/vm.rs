@@ -15,8 +15,9 @@ use squib_soft::{Counter, Granules, READABLE, Ram, Shared, WRITABLE};
 
 use crate::{
     gic::Chip,
+    host::host,
     object::Object,
-    rules::{Answer, BAD_ARGUMENT, begin, code, give, violation},
+    rules::{Answer, BAD_ARGUMENT, begin, code, give, has_failed, violation},
     time,
     vcpu::Entry,
 };
@@ -26,9 +27,6 @@ const PAGE_SHIFT: u32 = 14;
 const PAGE: u64 = 1 << PAGE_SHIFT;
 /// Guest-physical addresses at which memory can be mapped here: the software CPU has one range of RAM.
 const WINDOW: std::ops::Range<u64> = 0x8000_0000..0x1_8000_0000;
-const DEFAULT_IPA_BITS: u32 = 36;
-const MAX_IPA_BITS: u32 = 40;
-const MAX_VCPUS: u32 = 32;
 
 static VM: Mutex<Option<Vm>> = Mutex::new(None);
 
@@ -60,6 +58,13 @@ pub(crate) fn forget() {
     *VM.lock() = None;
 }
 
+/// Takes a vCPU out, if there is one.
+pub(crate) fn remove_vcpu(vcpu: u64) {
+    if let Some(vm) = &mut *VM.lock() {
+        vm.vcpus.remove(&vcpu);
+    }
+}
+
 /// Does `work` on the virtual machine.
 pub(crate) fn with<T>(work: impl FnOnce(&mut Vm) -> Answer<T>) -> Answer<T> {
     match &mut *VM.lock() {
@@ -87,6 +92,13 @@ impl Vm {
             (Shared::new(ram.with_granules(granules), Arc::clone(counter)), delta.is_some())
         };
         Arc::clone(&shared.get_or_insert_with(make).0)
+    }
+
+    /// Whether vCPUs may read what is at `address`.
+    pub(crate) fn is_readable(&self, address: u64) -> bool {
+        let page = address.checked_sub(WINDOW.start).map(|at| (at >> PAGE_SHIFT) as usize);
+        let page = page.and_then(|page| self.access.get(page));
+        page.is_some_and(|page| page.load(Ordering::SeqCst) & READABLE != 0)
     }
 
     pub(crate) fn running(&self) -> usize {
@@ -141,7 +153,9 @@ impl Vm {
             return Err(violation(format!("{what} at {ipa:#x}: nothing is mapped there")));
         }
         let takes_away = pages.iter().any(|page| before(page) & !rights != 0);
-        if takes_away && self.running() > 0 {
+        // Where vCPUs cannot be called there is nothing else to make them leave.
+        let last_resort = rights == 0 && has_failed("hv_vcpus_exit");
+        if takes_away && self.running() > 0 && !last_resort {
             return Err(violation(format!(
                 "{what} at {ipa:#x} takes rights away from a running vCPU"
             )));
@@ -186,19 +200,19 @@ extern "C" fn hv_vm_protect(ipa: u64, size: usize, flags: u64) -> hv::hv_return_
 
 #[unsafe(no_mangle)]
 extern "C" fn hv_vm_config_create() -> *mut c_void {
-    Object::VmConfig { ipa_bits: DEFAULT_IPA_BITS }.give()
+    Object::VmConfig { ipa_bits: host().default_ipa_bits }.give()
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hv_vm_config_get_default_ipa_size(bits: *mut u32) -> hv::hv_return_t {
     // SAFETY: the caller gives a place for the answer.
-    unsafe { give("hv_vm_config_get_default_ipa_size", bits, || Ok(DEFAULT_IPA_BITS)) }
+    unsafe { give("hv_vm_config_get_default_ipa_size", bits, || Ok(host().default_ipa_bits)) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hv_vm_config_get_max_ipa_size(bits: *mut u32) -> hv::hv_return_t {
     // SAFETY: the caller gives a place for the answer.
-    unsafe { give("hv_vm_config_get_max_ipa_size", bits, || Ok(MAX_IPA_BITS)) }
+    unsafe { give("hv_vm_config_get_max_ipa_size", bits, || Ok(host().max_ipa_bits)) }
 }
 
 #[unsafe(no_mangle)]
@@ -206,7 +220,7 @@ unsafe extern "C" fn hv_vm_config_set_ipa_size(config: *mut c_void, bits: u32) -
     // SAFETY: the caller owns the configuration.
     let config = unsafe { Object::of(config) };
     let mut set = || match config {
-        Some(Object::VmConfig { ipa_bits }) if bits <= MAX_IPA_BITS => {
+        Some(Object::VmConfig { ipa_bits }) if bits <= host().max_ipa_bits => {
             *ipa_bits = bits;
             Ok(())
         }
@@ -222,7 +236,7 @@ unsafe extern "C" fn hv_vm_create(config: *mut c_void) -> hv::hv_return_t {
     let mut create = || {
         let ipa_bits = match config {
             Some(Object::VmConfig { ipa_bits }) => *ipa_bits,
-            None => DEFAULT_IPA_BITS,
+            None => host().default_ipa_bits,
             Some(_) => return Err(violation("hv_vm_create with an object of another kind")),
         };
         let mut vm = VM.lock();
@@ -258,7 +272,7 @@ extern "C" fn hv_vm_destroy() -> hv::hv_return_t {
             }
             Ok(vm.access.iter().any(|page| page.load(Ordering::SeqCst) != 0))
         })?;
-        if mapped {
+        if mapped && !has_failed("hv_vm_unmap") {
             violation("hv_vm_destroy with memory mapped");
         }
         *VM.lock() = None;
@@ -270,7 +284,7 @@ extern "C" fn hv_vm_destroy() -> hv::hv_return_t {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hv_vm_get_max_vcpu_count(count: *mut u32) -> hv::hv_return_t {
     // SAFETY: the caller gives a place for the answer.
-    unsafe { give("hv_vm_get_max_vcpu_count", count, || Ok(MAX_VCPUS)) }
+    unsafe { give("hv_vm_get_max_vcpu_count", count, || Ok(host().max_vcpus)) }
 }
 
 /// Whether something lives and may be used; kept here for all who answer for vCPUs.

@@ -104,6 +104,12 @@ pub trait Vm: Send + Sync {
     /// the granules allow it now. Called by the vCPU that met the fault, on its thread.
     fn grant(&self, range: Range, write: bool) -> Result<(), HypervisorError>;
 
+    /// An error that nobody could be told of: a device has driven an interrupt, and the backend did not take
+    /// it. The next run of a vCPU answers with it too.
+    fn check(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
     /// The counter behind CNTVCT_EL0.
     fn counter(&self) -> Arc<dyn SystemCounter>;
 }

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -20,6 +20,9 @@ use crate::{
     hypervisor::{Kick, Vcpu},
     psci::Psci,
 };
+
+/// How long a thread that is to end has until it is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Work for a parked vCPU's thread.
 type Request = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
@@ -239,16 +242,30 @@ impl Gate {
         }
     }
 
-    /// Makes all threads end.
-    pub(super) fn dismiss(&self) {
+    /// Makes all threads end, and waits at most for `patience`. Answers those that are in the guest still:
+    /// the backend cannot get them out.
+    pub(super) fn dismiss(&self, patience: Duration) -> Vec<u32> {
+        let until = Instant::now() + patience;
         let mut state = self.state.lock();
         self.close(&mut state);
         state.phase = Phase::Exit;
         for slot in &mut state.slots {
             slot.request = None;
         }
-        drop(state);
         self.changed.notify_all();
+        loop {
+            let here =
+                (0..).zip(&state.slots).filter(|(_, slot)| slot.kick.is_some() && !slot.gone);
+            let here: Vec<u32> = here.map(|(index, _)| index).collect();
+            if here.is_empty() || Instant::now() >= until {
+                return here;
+            }
+            let again = until.min(Instant::now() + KICK_AGAIN);
+            if self.changed.wait_until(&mut state, again).timed_out() {
+                // What went wrong with the first one may be over.
+                kick_all(&state);
+            }
+        }
     }
 
     fn open_locked(&self, state: &mut State, limit: Option<u64>) {
@@ -266,12 +283,14 @@ impl Gate {
     fn close(&self, state: &mut State) {
         state.phase = Phase::Park;
         self.park.store(true, Ordering::Release);
-        for kick in state.slots.iter().filter_map(|slot| slot.kick.as_ref()) {
-            kick.kick();
-        }
+        kick_all(state);
         self.psci.interrupt();
         self.changed.notify_all();
     }
+}
+
+fn kick_all(state: &State) {
+    state.slots.iter().filter_map(|slot| slot.kick.as_ref()).for_each(|kick| kick.kick());
 }
 
 impl State {
@@ -283,5 +302,40 @@ impl State {
 impl Slot {
     fn at_rest(&self) -> bool {
         self.parked || self.gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use squib_devices::map::Range;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Kicks(AtomicU32);
+
+    impl Kick for Kicks {
+        fn kick(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_thread_that_does_not_end_is_kicked_again_and_then_left_alone() {
+        let psci = Psci::new(2, Range { base: 0, size: 0x1000 });
+        let gate = Gate::new(2, Arc::new(psci));
+        let kicks = [Arc::new(Kicks::default()), Arc::new(Kicks::default())];
+        for (index, kicks) in (0..).zip(&kicks) {
+            gate.enter(index, Arc::clone(kicks) as Arc<dyn Kick>);
+        }
+        gate.leave(0, None);
+        assert_eq!(gate.dismiss(KICK_AGAIN * 3 / 2), [1]);
+        assert!(kicks[1].0.load(Ordering::SeqCst) >= 2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| gate.leave(1, None));
+            assert!(gate.dismiss(Duration::from_secs(100)).is_empty());
+        });
     }
 }

@@ -68,6 +68,9 @@ use crate::{
 const SETTLE: Duration = Duration::from_secs(10);
 /// How long the end of a machine waits for the host to take console output.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long the end of a machine waits for a vCPU to leave the guest, which takes a moment unless the backend
+/// fails.
+const PARTING: Duration = Duration::from_secs(10);
 /// A deadline so far away that it does not come.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -135,6 +138,7 @@ impl Machine {
         }
         machine.first_identity()?;
         machine.on_vcpu(0, move |vcpu| vcpu.start(entry.pc, entry.fdt))??;
+        machine.board.vm.check()?;
         Ok(machine)
     }
 
@@ -151,6 +155,7 @@ impl Machine {
         let machine = Self::assemble(config, contents.into(), console)?;
         let sections = machine.sort(sections)?;
         machine.take_over(sections, options)?;
+        machine.board.vm.check()?;
         Ok(machine)
     }
 
@@ -200,6 +205,8 @@ impl Machine {
     pub fn save(&self) -> Result<Vec<Section>, MachineError> {
         let control = self.control.lock();
         self.check_paused(&control, "save its state")?;
+        // A state without an interrupt that a device has raised waits for it for ever.
+        self.board.vm.check()?;
         let mut sections = Vec::new();
         for Part { instance, device } in &self.devices {
             let name = || section_name(device.kind(), instance);
@@ -421,13 +428,20 @@ impl Machine {
 
 impl Drop for Machine {
     /// Ends the threads and waits for them. Console output that the host does not take within a second
-    /// is lost.
+    /// is lost. A vCPU that the backend cannot get out of the guest stays there, with the machine's memory.
     fn drop(&mut self) {
         self.console.close();
         self.alarm.close();
         self.output.hurry(true);
-        self.board.gate.dismiss();
-        for thread in self.threads.drain(..) {
+        let stuck = self.board.gate.dismiss(PARTING);
+        for (index, thread) in (0..).zip(self.threads.drain(..)) {
+            // The threads of the vCPUs come first.
+            if stuck.contains(&index) {
+                tracing::error!(
+                    "vCPU {index} cannot be made to leave the guest, and is left there"
+                );
+                continue;
+            }
             // A panic in it has been reported as the outcome.
             let _ = thread.join();
         }

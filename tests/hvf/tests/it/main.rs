@@ -2,7 +2,10 @@
 #![cfg(not(target_os = "macos"))]
 
 mod common;
+mod exits;
 mod faults;
+mod hosts;
+mod log;
 mod machine;
 mod rules;
 mod snapshots;

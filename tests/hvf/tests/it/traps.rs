@@ -7,7 +7,7 @@ use crate::{
     Session,
     common::{PATIENCE, bare, field, power_off, tiny, wait},
 };
-use squib_hvf_stand_in::hv_error_t;
+use squib_hvf_stand_in::{Host, hv_error_t};
 use squib_tests::console::Capture;
 use squib_vmm::machine::{Machine, Outcome};
 
@@ -41,11 +41,8 @@ const SLEEPER: [u32; 6] = [
 
 #[test]
 fn an_interrupt_that_is_lost_ends_a_machine_that_sleeps() {
-    let session = Session::begin();
-    for shown in [false, true] {
-        if shown {
-            session.show_wfi();
-        }
+    for shows_wfi in [false, true] {
+        let session = Session::begin_on(Host { shows_wfi, ..Host::USUAL });
         let folder = tempfile::tempdir().unwrap();
         let machine = bare(folder.path(), &SLEEPER);
         let start = Instant::now();
@@ -66,8 +63,7 @@ fn an_interrupt_that_is_lost_ends_a_machine_that_sleeps() {
 
 #[test]
 fn a_wfi_that_leaves_the_guest_waits_outside() {
-    let session = Session::begin();
-    session.show_wfi();
+    let _session = Session::begin_on(Host { shows_wfi: true, ..Host::USUAL });
     let folder = tempfile::tempdir().unwrap();
     let console = Capture::default();
     let machine = Machine::boot(tiny(folder.path()), Box::new(console.clone())).unwrap();

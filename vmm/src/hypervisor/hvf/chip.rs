@@ -91,7 +91,7 @@ impl IrqChip for Lines {
         if let Err(error) = driven.doing(|| format!("driving interrupt {intid} to {level}")) {
             // A device cannot do anything about it, and the guest must not go on without.
             machine.lost.lock().get_or_insert(error);
-            machine.interrupt_all();
+            machine.call_out_all();
         }
         if level {
             machine.idle.wake();

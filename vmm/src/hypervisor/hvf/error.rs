@@ -3,7 +3,7 @@
 use applevisor::prelude::HypervisorError as Code;
 
 /// A call into Hypervisor.framework, or what it answered, that a machine cannot go on with.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum HvfError {
     /// The framework refused a call.
     #[error("Hypervisor.framework: {doing}: {code}{}", help(*.code, .doing))]
@@ -23,6 +23,14 @@ pub enum HvfError {
         /// The register's name.
         register: String,
         /// What the framework answered.
+        code: Code,
+    },
+    /// The process cannot have a virtual machine, since its last one could not be destroyed.
+    #[error(
+        "Hypervisor.framework: the last virtual machine of this process is still there and cannot be destroyed: {code}; there is one virtual machine a process: run another squib for another machine"
+    )]
+    Left {
+        /// What the framework answered now.
         code: Code,
     },
     /// The framework's interrupt controller does not fit the machine.
@@ -96,6 +104,20 @@ pub enum HvfError {
         /// Guest-physical address.
         address: u64,
     },
+    /// An access to RAM faults again and again, though it is allowed.
+    #[error(
+        "vCPU {vcpu}: the instruction at {pc:#x} faults for ever at guest-physical {address:#x}, which it may access (syndrome {syndrome:#x})"
+    )]
+    Stuck {
+        /// The vCPU.
+        vcpu: u32,
+        /// Address of the instruction.
+        pc: u64,
+        /// Guest-physical address.
+        address: u64,
+        /// ESR_EL2.
+        syndrome: u64,
+    },
     /// An exit that nothing here expects.
     #[error(
         "vCPU {vcpu}: exit {reason} at {pc:#x}, exception class {class:#x}, syndrome {syndrome:#x}"
@@ -130,7 +152,7 @@ impl<T> Doing<T> for Result<T, Code> {
 }
 
 /// What being done makes "denied" or "busy" mean.
-pub(super) const CREATING_VM: &str = "creating the virtual machine";
+pub(super) const CREATING_VM: &str = "creating the virtual machine and its interrupt controller";
 
 fn help(code: Code, doing: &str) -> &'static str {
     match code {

@@ -11,6 +11,7 @@ mod chip;
 mod counter;
 mod error;
 mod idle;
+mod lifetime;
 mod registers;
 mod stage2;
 mod state;
@@ -20,10 +21,7 @@ mod vcpu;
 
 use std::sync::{Arc, OnceLock};
 
-use applevisor::prelude::{
-    FeatureReg, GicEnabled, Vcpu as Cpu, VcpuConfig, VcpuHandle, VirtualMachine,
-    VirtualMachineConfig, VirtualMachineInstance,
-};
+use applevisor::prelude::{FeatureReg, Vcpu as Cpu, VcpuConfig, VirtualMachineConfig};
 use parking_lot::Mutex;
 use squib_devices::{
     device::MachineDevice,
@@ -38,8 +36,9 @@ pub use error::HvfError;
 use self::{
     chip::Lines,
     counter::HvfCounter,
-    error::{CREATING_VM, Doing},
+    error::Doing,
     idle::Idle,
+    lifetime::{Door, OwnedVm},
     registers::{FEATURES, PFR1_SME},
     stage2::Stage2,
     vcpu::HvfVcpu,
@@ -91,39 +90,45 @@ fn macos() -> Entry {
 /// What all parts of one machine share. Its virtual machine goes away with the last of them, which is never
 /// before its vCPUs: each of those keeps it.
 struct Machine {
-    vm: VirtualMachineInstance<GicEnabled>,
+    vm: OwnedVm,
     stage2: Stage2,
+    /// Asked for once: what the guest sees of its CPUs does not change, and a snapshot without it would be
+    /// restored on any host.
+    identity: CpuIdentity,
     counter: Arc<HvfCounter>,
     idle: Idle,
     vcpus: u32,
     /// Registers that cannot be read, as the first vCPU finds out.
     unreadable: OnceLock<Vec<u16>>,
-    /// The vCPUs that were made.
-    handles: Mutex<Vec<VcpuHandle>>,
+    /// The ways to call the vCPUs out of the guest.
+    doors: Mutex<Vec<Arc<Door>>>,
     /// Why a device's interrupt was lost: the next run of any vCPU says so and ends the machine.
     lost: Mutex<Option<HvfError>>,
 }
 
 impl Machine {
     /// Makes all vCPUs leave the guest, those too that sleep in a WFI there.
-    fn interrupt_all(&self) {
+    fn call_out_all(&self) {
         self.idle.wake();
-        self.handles.lock().iter().for_each(|handle| self.interrupt(handle));
+        self.doors.lock().iter().for_each(|door| self.call_out(door));
     }
 
     /// Makes one vCPU leave the guest now, or at once when it enters it next.
-    fn interrupt(&self, handle: &VcpuHandle) {
-        if handle.is_valid()
-            && let Err(code) = self.vm.vcpus_exit(std::slice::from_ref(handle))
-        {
-            tracing::error!("a vCPU cannot be made to leave the guest: {code}");
+    fn call_out(&self, door: &Door) {
+        if let Err(code) = door.call_out(&self.vm) {
+            let vcpu = door.index;
+            tracing::warn!(
+                "vCPU {vcpu} does not leave the guest when called: {code}; it will fault"
+            );
+            // A guest that spins leaves by nothing else, and whoever waits for it would wait for ever.
+            self.stage2.take_away();
         }
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.stage2.end();
+        self.stage2.take_away();
     }
 }
 
@@ -140,15 +145,17 @@ fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hypervi
     }
     let vm_config = address_space(ram)?;
     let chip = chip::config()?;
-    let vm = VirtualMachine::with_gic(vm_config, chip).doing(|| CREATING_VM.to_owned())?;
+    let identity = identity()?;
+    let vm = OwnedVm::create(vm_config, chip, ram)?;
     Ok(Arc::new(HvfVm(Arc::new(Machine {
         vm,
         stage2,
+        identity,
         counter,
         idle: Idle::default(),
         vcpus: config.vcpus,
         unreadable: OnceLock::new(),
-        handles: Mutex::default(),
+        doors: Mutex::default(),
         lost: Mutex::default(),
     }))))
 }
@@ -186,12 +193,7 @@ fn identity() -> Result<CpuIdentity, HypervisorError> {
 
 impl Vm for HvfVm {
     fn identity(&self) -> CpuIdentity {
-        // It was asked for before the machine was made, and the answer is the host's.
-        identity().unwrap_or_else(|error| {
-            tracing::error!("what the guest sees of its CPUs cannot be read: {error}");
-            let counter_hz = self.0.counter.frequency();
-            CpuIdentity { backend: BackendKind::Hvf, counter_hz, id_registers: Vec::new() }
-        })
+        self.0.identity.clone()
     }
 
     fn host_system(&self) -> Option<HostSystem> {
@@ -234,6 +236,10 @@ impl Vm for HvfVm {
 
     fn grant(&self, range: Range, write: bool) -> Result<(), HypervisorError> {
         Ok(self.0.stage2.grant(range, write)?)
+    }
+
+    fn check(&self) -> Result<(), HypervisorError> {
+        self.0.lost.lock().clone().map_or(Ok(()), |lost| Err(lost.into()))
     }
 
     fn counter(&self) -> Arc<dyn SystemCounter> {

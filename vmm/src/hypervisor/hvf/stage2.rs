@@ -2,7 +2,8 @@
 //!
 //! A granule that is absent is not mapped, an unchanged one is mapped without the right to write, a changed
 //! one with all rights. Granules gain rights while vCPUs run, without anybody telling; then the guest's next
-//! access faults and [`Stage2::grant`] hears of it. They lose rights only by [`Stage2::write_protect`].
+//! access faults and [`Stage2::grant`] hears of it. They lose rights only by
+//! [`Stage2::write_protect`] and [`Stage2::take_away`].
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -64,12 +65,13 @@ impl Stage2 {
                 _ => Some(Rights::All),
             })
             .collect();
-        for (range, rights) in self.runs(&wanted) {
+        for Run { range, granules, rights } in self.runs(&wanted) {
             if let Some(rights) = rights {
                 self.map(range, rights)?;
+                // At once: after an error further on, `take_away` must find it.
+                mapped[granules].fill(Some(rights));
             }
         }
-        *mapped = wanted;
         self.begun.store(true, Ordering::Release);
         Ok(())
     }
@@ -93,31 +95,35 @@ impl Stage2 {
     /// Takes the right to write away from all. EXEC stays, since a guest executes what it has written.
     pub(super) fn write_protect(&self) -> Result<(), HvfError> {
         let mut mapped = self.mapped.lock();
-        for (range, rights) in self.runs(&mapped) {
+        for Run { range, granules, rights } in self.runs(&mapped) {
             if rights == Some(Rights::All) {
                 self.in_parts(range, |range| protect(range, Rights::ReadExec))?;
+                // At once: after an error further on, a write here must not be taken for one that is allowed.
+                mapped[granules].fill(Some(Rights::ReadExec));
             }
         }
-        mapped.iter_mut().flatten().for_each(|rights| *rights = Rights::ReadExec);
         Ok(())
     }
 
-    /// Takes everything out of the guest's address space, before the host memory goes away.
-    pub(super) fn end(&self) {
+    /// Takes everything out of the guest's address space: before the host memory goes away, or to make vCPUs
+    /// leave the guest that cannot be called. Whatever they touch next faults, and [`grant`](Self::grant)
+    /// brings it back.
+    pub(super) fn take_away(&self) {
         let mut mapped = self.mapped.lock();
-        for (range, rights) in self.runs(&mapped) {
-            if rights.is_some()
-                && let Err(error) = self.in_parts(range, unmap)
-            {
-                tracing::warn!("guest memory stays mapped: {error}");
+        for Run { range, granules, rights } in self.runs(&mapped) {
+            if rights.is_none() {
+                continue;
+            }
+            match self.in_parts(range, unmap) {
+                Ok(()) => mapped[granules].fill(None),
+                Err(error) => tracing::warn!("guest memory stays mapped: {error}"),
             }
         }
-        mapped.fill(None);
     }
 
     fn map(&self, range: Range, rights: Rights) -> Result<(), HvfError> {
         let offset = (range.base - self.ram.base()) as usize;
-        // SAFETY: the range is inside RAM, which `self.ram` keeps mapped until after `end`; `GuestRam` hands
+        // SAFETY: the range is inside RAM, which `self.ram` keeps mapped until after `take_away`; `GuestRam` hands
         // out no references to its bytes.
         let result = unsafe {
             sys::map(self.ram.host_ptr().wrapping_add(offset), range.base, range.size, rights)
@@ -142,19 +148,29 @@ impl Stage2 {
             .try_for_each(|base| work(Range { base, size: size.min(range.end() - base) }))
     }
 
-    /// Neighbouring granules with equal rights, as ranges of guest-physical addresses.
-    fn runs(&self, rights: &[Option<Rights>]) -> Vec<(Range, Option<Rights>)> {
+    /// Neighbouring granules with equal rights.
+    fn runs(&self, rights: &[Option<Rights>]) -> Vec<Run> {
         let size = self.ram.granules().granule_size();
-        let mut at = 0;
+        let mut first = 0;
         let run = |run: &[Option<Rights>]| {
-            let base = self.ram.base() + at;
-            let end = (at + run.len() as u64 * size).min(self.ram.size());
-            let range = Range { base, size: end - at };
-            at = end;
-            (range, run[0])
+            let granules = first..first + run.len();
+            let at = first as u64 * size;
+            let end = (granules.end as u64 * size).min(self.ram.size());
+            let range = Range { base: self.ram.base() + at, size: end - at };
+            first = granules.end;
+            Run { range, granules, rights: run[0] }
         };
         rights.chunk_by(|one, next| one == next).map(run).collect()
     }
+}
+
+/// Granules that lie side by side.
+struct Run {
+    /// Guest-physical.
+    range: Range,
+    granules: std::ops::Range<usize>,
+    /// None if they are not mapped.
+    rights: Option<Rights>,
 }
 
 fn protect(range: Range, rights: Rights) -> Result<(), HvfError> {

@@ -23,9 +23,31 @@ pub(super) const fn immediate(syndrome: u64) -> u16 {
     syndrome as u16
 }
 
-/// WnR: the access that aborted was a write.
+/// Whether the access that aborted needs the right to write.
 pub(super) const fn is_write(syndrome: u64) -> bool {
-    syndrome & 1 << 6 != 0
+    if is_table_walk(syndrome) {
+        // The walk reads, and what it may have to write are the access flag and the dirty state. WnR tells of
+        // the access that was being translated, if of anything.
+        return is_permission_fault(syndrome);
+    }
+    // In an instruction abort the bit means nothing.
+    class(syndrome) == DATA_ABORT && syndrome & 1 << 6 != 0
+}
+
+/// S1PTW: the abort is one of reading or updating the guest's translation table.
+pub(super) const fn is_table_walk(syndrome: u64) -> bool {
+    syndrome & 1 << 7 != 0
+}
+
+/// CM: the data abort is one of an instruction that cleans or invalidates a cache by address. It is reported
+/// as a write, and without ISV.
+pub(super) const fn is_cache_maintenance(syndrome: u64) -> bool {
+    syndrome & 1 << 8 != 0
+}
+
+/// DFSC, IFSC: 0b0011xx.
+const fn is_permission_fault(syndrome: u64) -> bool {
+    syndrome >> 2 & 0xf == 0b0011
 }
 
 /// A load or store that the syndrome describes.
@@ -145,5 +167,37 @@ mod tests {
         let trapped =
             SystemAccess::of(SYSTEM << 26 | 2 << 20 | 4 << 17 | 1 << 10 | 7 << 5 | 1 << 1 | 1);
         assert_eq!(trapped, SystemAccess { system: 0x808c, register: 7, read: true });
+    }
+
+    const TRANSLATION_FAULT: u64 = 0b000111;
+    const PERMISSION_FAULT: u64 = 0b001111;
+    const WNR: u64 = 1 << 6;
+    const S1PTW: u64 = 1 << 7;
+
+    #[test]
+    fn an_abort_is_a_write_if_wnr_says_so() {
+        let data = |iss| is_write(DATA_ABORT << 26 | iss);
+        assert!(data(WNR | PERMISSION_FAULT) && data(WNR | TRANSLATION_FAULT));
+        assert!(!data(PERMISSION_FAULT) && !data(TRANSLATION_FAULT));
+        assert!(!is_write(INSTRUCTION_ABORT << 26 | WNR | PERMISSION_FAULT));
+    }
+
+    #[test]
+    fn a_table_walk_writes_where_it_may_not() {
+        for class in [DATA_ABORT, INSTRUCTION_ABORT] {
+            for wnr in [0, WNR] {
+                let walk = |fault| is_write(class << 26 | S1PTW | wnr | fault);
+                for level in 0..4 {
+                    assert!(walk(0b001100 | level), "permission fault, level {level}");
+                    assert!(!walk(0b000100 | level), "translation fault, level {level}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn cache_maintenance_is_told_from_a_store() {
+        assert!(is_cache_maintenance(DATA_ABORT << 26 | 1 << 8 | WNR));
+        assert!(!is_cache_maintenance(syndrome(3, true, 31, true) | WNR | S1PTW));
     }
 }

@@ -47,6 +47,18 @@ pub(super) fn unmap(ipa: u64, size: u64) -> Result<(), Code> {
     checked(unsafe { hv::hv_vm_unmap(ipa, size as usize) })
 }
 
+/// Destroys a vCPU of this thread, which must not be used any more.
+pub(super) fn destroy_vcpu(vcpu: &Vcpu) -> Result<(), Code> {
+    // SAFETY: the call takes no pointers; what it frees, the last exit's description, only `vcpu` points to.
+    checked(unsafe { hv::hv_vcpu_destroy(vcpu.id()) })
+}
+
+/// Destroys the virtual machine of the process.
+pub(super) fn destroy_vm() -> Result<(), Code> {
+    // SAFETY: the call takes no pointers, and whoever still makes others is answered with an error.
+    checked(unsafe { hv::hv_vm_destroy() })
+}
+
 /// Gives the interrupt controller the state in `bytes`, which the framework checks.
 pub(super) fn set_gic_state(bytes: &[u8]) -> Result<(), Code> {
     // SAFETY: pointer and length are those of a live slice, which is only read.

@@ -9,12 +9,13 @@ use std::{
     time::Duration,
 };
 
-use applevisor::prelude::{ExitReason, Reg, SysReg, Vcpu as Cpu, VcpuExit, VcpuHandle};
+use applevisor::prelude::{ExitReason, Reg, SysReg, VcpuExit};
 use squib_devices::gic::affinity;
 
 use super::{
     Machine,
     error::{Doing, HvfError},
+    lifetime::{Door, OwnedCpu},
     redistributor,
     registers::{PFR1_SME, X},
     state::{self, Layout, RESET_PSTATE},
@@ -34,12 +35,15 @@ const CNTPCTSS: u16 = 0xdf05;
 const INSTRUCTION: u64 = 4;
 /// SMCCC: NOT_SUPPORTED.
 const NOT_SUPPORTED: u64 = u64::MAX;
+/// How often one access to RAM may fault with nothing between. A granule has three states, so that two faults
+/// bring it all rights, and every pause has another exit between.
+const MOST_FAULTS: u32 = 64;
 
 /// A vCPU of the framework, on the thread that made it.
 pub(super) struct HvfVcpu {
     index: u32,
     // Before `machine`, so that it is gone before the virtual machine may be.
-    cpu: Cpu,
+    cpu: OwnedCpu,
     machine: Arc<Machine>,
     kicked: Arc<AtomicBool>,
     layout: Layout,
@@ -47,16 +51,27 @@ pub(super) struct HvfVcpu {
     reset: VcpuState,
     /// The virtual timer's offset that the framework knows.
     offset: Option<u64>,
+    /// The last exit, if it was a fault in RAM.
+    fault: Option<RamFault>,
     /// The load that waits for its value.
     loading: Option<Access>,
     /// System registers that were reported.
     reported: HashSet<u16>,
 }
 
+/// An access to RAM that stage 2 did not allow.
+#[derive(Clone, Copy)]
+struct RamFault {
+    syndrome: u64,
+    address: u64,
+    /// How often it came with nothing between.
+    times: u32,
+}
+
 impl HvfVcpu {
     pub(super) fn new(machine: &Arc<Machine>, index: u32) -> Result<Self, HvfError> {
         sys::prefer_fast_cores();
-        let cpu = machine.vm.vcpu_create().doing(|| format!("creating vCPU {index}"))?;
+        let cpu = machine.vm.create_vcpu(index)?;
         // Before anything else: the framework finds the redistributor by it.
         let mpidr = MPIDR_RES1 | affinity(index);
         cpu.set_sys_reg(SysReg::MPIDR_EL1, mpidr)
@@ -85,7 +100,7 @@ impl HvfVcpu {
         };
         let layout = Layout::new(index, unreadable);
         let reset = layout.read(&cpu)?;
-        machine.handles.lock().push(cpu.get_handle());
+        machine.doors.lock().push(cpu.door());
         Ok(Self {
             index,
             cpu,
@@ -94,6 +109,7 @@ impl HvfVcpu {
             layout,
             reset,
             offset: None,
+            fault: None,
             loading: None,
             reported: HashSet::new(),
         })
@@ -145,7 +161,11 @@ impl HvfVcpu {
     }
 
     /// What an exception means; none if the guest can go on.
-    fn exception(&mut self, exit: VcpuExit) -> Result<Option<Exit>, HvfError> {
+    fn exception(
+        &mut self,
+        exit: VcpuExit,
+        before: Option<RamFault>,
+    ) -> Result<Option<Exit>, HvfError> {
         let syndrome = exit.exception.syndrome;
         let address = exit.exception.physical_address;
         match syndrome::class(syndrome) {
@@ -165,25 +185,58 @@ impl HvfVcpu {
                 self.system_access(SystemAccess::of(syndrome))?;
                 Ok(None)
             }
-            syndrome::INSTRUCTION_ABORT if self.machine.stage2.is_ram(address) => {
-                Ok(Some(Exit::MemoryFault { address, write: false }))
+            syndrome::INSTRUCTION_ABORT | syndrome::DATA_ABORT
+                if self.machine.stage2.is_ram(address) =>
+            {
+                self.memory_fault(syndrome, address, before).map(Some)
             }
-            syndrome::INSTRUCTION_ABORT => {
+            syndrome::INSTRUCTION_ABORT if !syndrome::is_table_walk(syndrome) => {
                 let (vcpu, pc) = (self.index, self.reg(Reg::PC)?);
                 Err(HvfError::NoCode { vcpu, pc, address })
             }
-            syndrome::DATA_ABORT if self.machine.stage2.is_ram(address) => {
-                Ok(Some(Exit::MemoryFault { address, write: syndrome::is_write(syndrome) }))
+            syndrome::INSTRUCTION_ABORT => self.not_described(syndrome, address),
+            syndrome::DATA_ABORT if syndrome::is_table_walk(syndrome) => {
+                self.not_described(syndrome, address)
+            }
+            // No device has a cache over it.
+            syndrome::DATA_ABORT if syndrome::is_cache_maintenance(syndrome) => {
+                self.advance()?;
+                Ok(None)
             }
             syndrome::DATA_ABORT => self.device_access(syndrome, address).map(Some),
             _ => self.unexpected(exit),
         }
     }
 
+    /// Asks for the right, unless that was of no use before.
+    fn memory_fault(
+        &mut self,
+        syndrome: u64,
+        address: u64,
+        before: Option<RamFault>,
+    ) -> Result<Exit, HvfError> {
+        let again = before.filter(|fault| (fault.syndrome, fault.address) == (syndrome, address));
+        let times = again.map_or(1, |fault| fault.times + 1);
+        self.fault = Some(RamFault { syndrome, address, times });
+        if times > MOST_FAULTS {
+            let (vcpu, pc) = (self.index, self.reg(Reg::PC)?);
+            return Err(HvfError::Stuck { vcpu, pc, address, syndrome });
+        }
+        // Whoever is called out by taking memory away does not bring it back: others would stay in the guest.
+        if self.kicked.swap(false, Ordering::SeqCst) {
+            return Ok(Exit::Cancelled);
+        }
+        Ok(Exit::MemoryFault { address, write: syndrome::is_write(syndrome) })
+    }
+
+    fn not_described<T>(&self, syndrome: u64, address: u64) -> Result<T, HvfError> {
+        let (vcpu, pc) = (self.index, self.reg(Reg::PC)?);
+        Err(HvfError::NotDescribed { vcpu, pc, address, syndrome })
+    }
+
     fn device_access(&mut self, syndrome: u64, address: u64) -> Result<Exit, HvfError> {
         let Some(access) = Access::of(syndrome) else {
-            let (vcpu, pc) = (self.index, self.reg(Reg::PC)?);
-            return Err(HvfError::NotDescribed { vcpu, pc, address, syndrome });
+            return self.not_described(syndrome, address);
         };
         let size = access.size;
         if syndrome::is_write(syndrome) {
@@ -244,7 +297,7 @@ impl Vcpu for HvfVcpu {
     fn kick(&self) -> Arc<dyn Kick> {
         Arc::new(HvfKick {
             machine: Arc::clone(&self.machine),
-            handle: self.cpu.get_handle(),
+            door: self.cpu.door(),
             kicked: Arc::clone(&self.kicked),
         })
     }
@@ -257,10 +310,12 @@ impl Vcpu for HvfVcpu {
                 return Err(error.into());
             }
             if self.kicked.swap(false, Ordering::SeqCst) {
+                self.fault = None;
                 return Ok(Exit::Cancelled);
             }
             self.cpu.run().doing(|| format!("running vCPU {}", self.index))?;
             let exit = self.cpu.get_exit_info();
+            let fault = self.fault.take();
             // The syndrome means something in one case only.
             match exit.reason {
                 ExitReason::CANCELED => {
@@ -268,7 +323,7 @@ impl Vcpu for HvfVcpu {
                     return Ok(Exit::Cancelled);
                 }
                 ExitReason::EXCEPTION => {
-                    if let Some(exit) = self.exception(exit)? {
+                    if let Some(exit) = self.exception(exit, fault)? {
                         return Ok(exit);
                     }
                 }
@@ -343,7 +398,7 @@ impl Vcpu for HvfVcpu {
 
 struct HvfKick {
     machine: Arc<Machine>,
-    handle: VcpuHandle,
+    door: Arc<Door>,
     kicked: Arc<AtomicBool>,
 }
 
@@ -351,6 +406,6 @@ impl Kick for HvfKick {
     fn kick(&self) {
         self.kicked.store(true, Ordering::SeqCst);
         self.machine.idle.wake();
-        self.machine.interrupt(&self.handle);
+        self.machine.call_out(&self.door);
     }
 }

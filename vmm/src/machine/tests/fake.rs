@@ -102,12 +102,15 @@ pub(super) struct FakeVm {
     pub(super) puppets: Vec<Arc<Puppet>>,
     pub(super) counter: Arc<FakeCounter>,
     pub(super) chip: Arc<FakeChip>,
+    /// A device's interrupt was not taken.
+    pub(super) lost: AtomicBool,
 }
 
 impl FakeVm {
     pub(super) fn new(vcpus: u32) -> Arc<Self> {
         let puppets = (0..vcpus).map(|_| Arc::default()).collect();
-        Arc::new(Self { puppets, counter: Arc::default(), chip: Arc::default() })
+        let lost = AtomicBool::new(false);
+        Arc::new(Self { puppets, counter: Arc::default(), chip: Arc::default(), lost })
     }
 }
 
@@ -161,6 +164,13 @@ impl SystemCounter for FakeCounter {
 }
 
 impl Vm for FakeVm {
+    fn check(&self) -> Result<(), HypervisorError> {
+        match self.lost.load(Ordering::Relaxed) {
+            true => Err(HypervisorError::Call { call: "set_spi", why: "told to".into() }),
+            false => Ok(()),
+        }
+    }
+
     fn identity(&self) -> CpuIdentity {
         CpuIdentity { backend: BackendKind::Soft, counter_hz: 1000, id_registers: Vec::new() }
     }

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use self::fake::{FakeVm, Step};
 use super::*;
-use crate::hypervisor::Exit;
+use crate::hypervisor::{Exit, HypervisorError};
 
 const SOON: Duration = Duration::from_millis(20);
 const AMPLE: Duration = Duration::from_secs(60);
@@ -163,6 +163,19 @@ fn only_a_paused_machine_saves_and_it_saves_equal_bytes_twice() {
         "vcpu 1",
     ];
     assert_eq!(names, expected);
+}
+
+#[test]
+fn a_machine_that_has_lost_an_interrupt_is_not_saved() {
+    let (vm, machine) = machine_of(1);
+    vm.lost.store(true, Ordering::Relaxed);
+    let error = machine.save().unwrap_err();
+    assert!(matches!(
+        error,
+        MachineError::Hypervisor(HypervisorError::Call { call: "set_spi", .. })
+    ));
+    vm.lost.store(false, Ordering::Relaxed);
+    machine.save().unwrap();
 }
 
 fn saved() -> Vec<Section> {
