@@ -13,7 +13,10 @@ use squib_snapshot::{
     },
     working_set::{Recorded, record},
 };
-use squib_vmm::machine::{self, ClockPolicy, Identity};
+use squib_vmm::{
+    hypervisor::HypervisorError,
+    machine::{self, ClockPolicy, Identity, MachineError},
+};
 
 use crate::{
     args::{ClockArg, ModeArg, RestoreArgs, Size},
@@ -160,6 +163,9 @@ fn failure(error: RestoreError) -> Failure {
         RestoreError::Format(FormatError::Cancelled) => {
             return events::failure(FormatError::Cancelled);
         }
+        RestoreError::Machine(MachineError::Hypervisor(HypervisorError::Unavailable {
+            ..
+        })) => ": restore it with a squib, and on a host, that has this backend",
         RestoreError::Machine(error) if run::code(error) != Code::Snapshot => {
             let code = run::code(error);
             return Failure::new(code, anyhow::anyhow!("{error}"));

@@ -86,7 +86,7 @@ fn a_backend_that_is_not_there_is_refused_by_check_and_restore() {
     let wrong: Vec<_> = lines.iter().filter(|(_, verdict, _)| verdict != "ok").collect();
     assert_eq!((code, wrong.len()), (5, 1), "{lines:#?}");
     let (code, _, error) = place.done(&["snapshot", "restore", "snap", "--backend", "kvm"]);
-    assert!(code != 0 && error.contains(&wrong[0].2), "{code} {error} {wrong:?}");
+    assert!(code == 5 && error.contains(&wrong[0].2), "{code} {error} {wrong:?}");
     for command in ["check", "restore"] {
         let (code, _, error) = place.done(&["snapshot", command, "snap", "--backend", "qemu"]);
         assert!(code == 2 && error.contains("no backend `qemu`"), "{command}: {code} {error}");
