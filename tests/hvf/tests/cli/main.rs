@@ -4,6 +4,8 @@
 
 #[path = "../../../../cli/tests/vm/common.rs"]
 mod common;
+#[path = "../../../../cli/tests/vm/faults.rs"]
+mod faults;
 #[path = "../../../../cli/tests/vm/life.rs"]
 mod life;
 #[path = "../../../../cli/tests/vm/modes.rs"]

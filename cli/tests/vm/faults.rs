@@ -16,6 +16,8 @@ use squib_tests::{
     tiny::{POWER_OFF, Tiny},
 };
 
+use crate::{BACKEND, SQUIB};
+
 /// Bounds how long something that hangs is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often a signal is sent until one has come half-way.
@@ -50,7 +52,7 @@ impl Place {
     }
 
     fn squib<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_squib"));
+        let mut command = Command::new(SQUIB);
         command.args(words).current_dir(self.dir.path()).env("SQUIB_HOME", self.path("home"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -70,7 +72,17 @@ impl Place {
 
     fn run(&self) -> Vm {
         self.vm(&[
-            "run", "--kernel", "kernel", "--memory", "64M", "--disk", "disk.img", "--name", "a",
+            "run",
+            "--kernel",
+            "kernel",
+            "--memory",
+            "64M",
+            "--disk",
+            "disk.img",
+            "--name",
+            "a",
+            "--backend",
+            BACKEND,
         ])
     }
 
