@@ -122,28 +122,52 @@ fn hypervisor(error: MachineError) -> HypervisorError {
     }
 }
 
+const ON: [u32; 3] = [
+    0x5280_0060, // mov w0, #3
+    0x72b8_8000, // movk w0, #0xc400, lsl #16
+    0xd280_0021, // mov x1, #1
+];
+
 /// Two vCPUs that never leave the guest of their own accord.
-fn spinning(session: &Session, folder: &Path) -> Machine {
+const SPIN: [u32; 4] = [
+    0x1000_0062, // adr x2, spin
+    0xd280_0003, // mov x3, #0
+    0xd400_0002, // hvc #0: CPU_ON
+    0x1400_0000, // spin: b .
+];
+
+/// A vCPU that sleeps, and one that never leaves the guest of its own accord.
+const SLEEP: [u32; 6] = [
+    0x1000_00a2, // adr x2, spin
+    0xd280_0003, // mov x3, #0
+    0xd400_0002, // hvc #0: CPU_ON
+    0xd503_207f, // sleep: wfi
+    0x17ff_ffff, // b sleep
+    0x1400_0000, // spin: b .
+];
+
+/// Two vCPUs in `code`.
+fn two(session: &Session, folder: &Path, code: &[u32]) -> Machine {
     let mut config = tiny(folder);
-    let code = [
-        0x5280_0060, // mov w0, #3
-        0x72b8_8000, // movk w0, #0xc400, lsl #16
-        0xd280_0021, // mov x1, #1
-        0x1000_0062, // adr x2, spin
-        0xd280_0003, // mov x3, #0
-        0xd400_0002, // hvc #0: CPU_ON
-        0x1400_0000, // spin: b .
-    ];
-    std::fs::write(&config.kernel, kernel(&code)).unwrap();
+    std::fs::write(&config.kernel, kernel(&[&ON, code].concat())).unwrap();
     config.disks.clear();
     config.vcpus = 2;
     let machine = Machine::boot(config, Box::new(std::io::sink())).unwrap();
+    let runs = times(session, "hv_vcpu_run");
     machine.resume().unwrap();
     // The first one's up to its call and after it, and the second one's.
-    while session.calls().get("hv_vcpu_run").is_none_or(|runs| *runs < 3) {
+    wait_for(|| times(session, "hv_vcpu_run") >= runs + 3);
+    machine
+}
+
+fn times(session: &Session, call: &str) -> u32 {
+    session.calls().get(call).copied().unwrap_or(0)
+}
+
+fn wait_for(what: impl Fn() -> bool) {
+    while !what() {
         std::thread::yield_now();
     }
-    machine
 }
 
 #[test]
@@ -151,7 +175,7 @@ fn a_guest_that_spins_and_cannot_be_called_leaves_all_the_same_and_loses_nothing
     let session = Session::begin();
     let log = log();
     let folder = tempfile::tempdir().unwrap();
-    let machine = spinning(&session, folder.path());
+    let machine = two(&session, folder.path(), &SPIN);
     for code in CODES {
         session.inject("hv_vcpus_exit", 0, code);
         machine.pause(PATIENCE).unwrap();
@@ -193,7 +217,7 @@ fn a_guest_that_spins_and_cannot_be_called_leaves_all_the_same_and_loses_nothing
 fn a_pause_that_cannot_be_had_misses_its_deadline_and_the_machine_runs_on() {
     let session = Session::begin();
     let folder = tempfile::tempdir().unwrap();
-    let machine = spinning(&session, folder.path());
+    let machine = two(&session, folder.path(), &SPIN);
     session.inject("hv_vcpus_exit", 0, CODES[0]);
     session.inject("hv_vm_unmap", 0, CODES[1]);
     let error = machine.pause(Duration::from_millis(50)).unwrap_err();
@@ -203,4 +227,20 @@ fn a_pause_that_cannot_be_had_misses_its_deadline_and_the_machine_runs_on() {
         "{error}"
     );
     machine.pause(PATIENCE).unwrap();
+}
+
+#[test]
+fn a_machine_ends_once_its_last_vcpu_can_be_called_and_nobody_calls_those_that_are_gone() {
+    let session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    let machine = two(&session, folder.path(), &SLEEP);
+    session.inject("hv_vcpus_exit", 0, CODES[0]);
+    session.inject("hv_vm_unmap", 0, CODES[1]);
+    std::thread::scope(|scope| {
+        scope.spawn(move || drop(machine));
+        wait_for(|| times(&session, "hv_vcpu_destroy") == 1);
+        session.heal();
+    });
+    assert!(!session.has_machine());
+    assert_eq!(session.violations(), Vec::<String>::new());
 }
