@@ -24,11 +24,19 @@ static EXITS: Mutex<Option<(u32, Exit)>> = Mutex::new(None);
 
 struct Log {
     calls: BTreeMap<&'static str, u32>,
-    /// By call: how many succeed before, and the code of all that follow.
-    injected: BTreeMap<&'static str, (u32, hv_return_t)>,
+    injected: BTreeMap<&'static str, Injected>,
     /// Calls that were made to fail. What follows from that is no mistake of the caller.
     failed: BTreeSet<&'static str>,
     violations: Vec<String>,
+}
+
+/// How a call fails.
+struct Injected {
+    /// How often it succeeds before.
+    after: u32,
+    code: hv_return_t,
+    /// It fails only once.
+    once: bool,
 }
 
 impl Log {
@@ -98,10 +106,17 @@ impl Session {
 
     /// Lets `call` fail with `code` from now on, but for the next `after` times.
     pub fn inject(&self, call: &'static str, after: u32, code: hv_error_t) {
-        LOG.lock().injected.insert(call, (after, code as hv_return_t));
+        let injected = Injected { after, code: code as hv_return_t, once: false };
+        LOG.lock().injected.insert(call, injected);
     }
 
-    /// Ends what [`inject`](Self::inject) began.
+    /// Lets `call` fail with `code` once, after it has succeeded `after` times.
+    pub fn inject_once(&self, call: &'static str, after: u32, code: hv_error_t) {
+        let injected = Injected { after, code: code as hv_return_t, once: true };
+        LOG.lock().injected.insert(call, injected);
+    }
+
+    /// Ends what [`inject`](Self::inject) and [`inject_once`](Self::inject_once) began.
     pub fn heal(&self) {
         LOG.lock().injected.clear();
     }
@@ -189,18 +204,17 @@ pub(crate) type Answer<T = ()> = Result<T, hv_return_t>;
 pub(crate) fn begin(call: &'static str) -> Answer {
     let mut log = LOG.lock();
     *log.calls.entry(call).or_default() += 1;
-    match log.injected.get_mut(call) {
-        Some((0, code)) => {
-            let code = *code;
-            log.failed.insert(call);
-            Err(code)
-        }
-        Some((left, _)) => {
-            *left -= 1;
-            Ok(())
-        }
-        None => Ok(()),
+    let Some(injected) = log.injected.get_mut(call) else { return Ok(()) };
+    if injected.after > 0 {
+        injected.after -= 1;
+        return Ok(());
     }
+    let code = injected.code;
+    if injected.once {
+        log.injected.remove(call);
+    }
+    log.failed.insert(call);
+    Err(code)
 }
 
 /// Whether `call` was made to fail in this session.

@@ -131,15 +131,16 @@ pub(super) fn unreadable(cpu: &Cpu, vcpu: u32) -> Result<Vec<u16>, HvfError> {
     let refused =
         |register, code| Err(HvfError::Register { vcpu, doing: "reading", register, code });
     let mut found = Vec::new();
+    // Twice, so that a failure that passes does not cost the guest a register.
     for reg in registers::system() {
-        match cpu.get_sys_reg(reg) {
+        match cpu.get_sys_reg(reg).or_else(|_| cpu.get_sys_reg(reg)) {
             Err(code) if NEEDED.contains(&reg) => return refused(format!("{reg:?}"), code),
             Err(_) => found.push(reg as u16),
             Ok(_) => {}
         }
     }
     for reg in ICC {
-        match cpu.get_icc_reg(reg) {
+        match cpu.get_icc_reg(reg).or_else(|_| cpu.get_icc_reg(reg)) {
             Err(code) if NEEDED_ICC.contains(&reg) => return refused(icc_name(reg), code),
             Err(_) => found.push(reg as u16),
             Ok(_) => {}

@@ -6,15 +6,18 @@ use std::{
     time::Duration,
 };
 
-use squib_hvf_stand_in::{Session, hv_error_t};
-use squib_snapshot::{capture::capture, restore::MemoryLoad};
+use squib_hvf_stand_in::{Host, Session, hv_error_t};
+use squib_snapshot::{
+    capture::{CaptureError, CaptureOptions, capture},
+    restore::MemoryLoad,
+};
 use squib_tests::console::Capture;
 use squib_vmm::{
     hypervisor::{HypervisorError, hvf::HvfError},
     machine::{Machine, MachineError},
 };
 
-use super::{CODES, assert_framework, words};
+use super::{CODES, assert_framework, files, words};
 use crate::{
     common::{PATIENCE, kernel, lines, power_off, tiny},
     log::log,
@@ -221,7 +224,13 @@ fn a_pause_that_cannot_be_had_misses_its_deadline_and_the_machine_runs_on() {
     session.inject("hv_vcpus_exit", 0, CODES[0]);
     session.inject("hv_vm_unmap", 0, CODES[1]);
     let error = machine.pause(Duration::from_millis(50)).unwrap_err();
+    let snapshots = folder.path().join("snapshots");
+    std::fs::create_dir(&snapshots).unwrap();
+    let soon = CaptureOptions { pause_deadline: Duration::from_millis(50), ..options() };
+    let refused = capture(&machine, &snapshots.join("one"), &soon).unwrap_err();
     session.heal();
+    assert!(matches!(&refused, CaptureError::Machine(MachineError::VcpuDeadline { .. })));
+    assert!(files(&snapshots).is_empty());
     assert!(
         matches!(&error, MachineError::VcpuDeadline { vcpus, .. } if *vcpus == [0, 1]),
         "{error}"
@@ -231,7 +240,8 @@ fn a_pause_that_cannot_be_had_misses_its_deadline_and_the_machine_runs_on() {
 
 #[test]
 fn a_machine_ends_once_its_last_vcpu_can_be_called_and_nobody_calls_those_that_are_gone() {
-    let session = Session::begin();
+    // The one that sleeps does so outside, and needs no call.
+    let session = Session::begin_on(Host { shows_wfi: true, ..Host::USUAL });
     let folder = tempfile::tempdir().unwrap();
     let machine = two(&session, folder.path(), &SLEEP);
     session.inject("hv_vcpus_exit", 0, CODES[0]);

@@ -42,6 +42,28 @@ fn a_boot_that_fails_says_at_what_and_leaves_no_virtual_machine() {
 }
 
 #[test]
+fn a_register_that_cannot_be_read_once_is_not_lost() {
+    let session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    let boot = || Machine::boot(tiny(folder.path()), Box::new(std::io::sink()));
+    let state = |machine: &Machine| {
+        let sections = machine.save().unwrap();
+        sections.into_iter().find(|section| section.kind == "vcpu").unwrap()
+    };
+    let (found, machine) = calls(&session, boot);
+    let expected = state(&machine.unwrap());
+    for after in 0..found["hv_vcpu_get_sys_reg"] {
+        let code = CODES[after as usize % CODES.len()];
+        session.inject_once("hv_vcpu_get_sys_reg", after, code);
+        match boot() {
+            Ok(machine) => assert_eq!(state(&machine), expected, "after {after}"),
+            Err(error) => assert_framework(&error, "hv_vcpu_get_sys_reg", code),
+        }
+        session.heal();
+    }
+}
+
+#[test]
 fn a_capture_that_fails_says_at_what_and_leaves_guest_and_folder_as_they_were() {
     let session = Session::begin();
     let folder = tempfile::tempdir().unwrap();

@@ -68,6 +68,25 @@ fn a_call_that_fails_somewhere_in_a_life_ends_in_an_error_that_names_it() {
 }
 
 #[test]
+fn a_call_that_fails_once_ends_in_an_error_that_names_it_or_costs_nothing() {
+    let session = Session::begin();
+    let (found, lived) = calls(&session, fresh_life);
+    lived.unwrap();
+    for (n, (call, times)) in found.into_iter().enumerate() {
+        let code = CODES[(n + 4) % CODES.len()];
+        let after = somewhere(times.div_ceil(2), (call, "once"));
+        session.inject_once(call, after, code);
+        if let Err(error) = fresh_life() {
+            let error = format!("{error:#}");
+            let named = error.contains("Hypervisor.framework") && !error.contains("panicked");
+            assert!(named, "{call} after {after}: {error}");
+        }
+        session.heal();
+    }
+    assert_eq!(session.violations(), Vec::<String>::new());
+}
+
+#[test]
 fn a_life_whose_runs_are_cancelled_for_no_reason_loses_nothing() {
     let session = Session::begin();
     for every in [2, 3] {
