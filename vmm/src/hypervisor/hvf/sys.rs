@@ -136,7 +136,7 @@ pub(super) fn prefer_fast_cores() {
 
         /// <mach/thread_policy.h>: timers are not put together with others that are due a little later.
         const THREAD_LATENCY_QOS_POLICY: c_int = 7;
-        const LATENCY_QOS_TIER_0: c_int = 0xff << 16 | 1;
+        static LATENCY_QOS_TIER_0: c_int = 0xff << 16 | 1;
 
         unsafe extern "C" {
             safe fn pthread_self() -> *mut c_void;
