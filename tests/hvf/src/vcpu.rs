@@ -76,7 +76,12 @@ impl Entry {
     }
 
     pub(crate) fn connect(&self, signals: Arc<Signals>) {
-        *self.signals.lock() = Some(signals);
+        let mut connected = self.signals.lock();
+        // Whoever has asked just now has found nobody here.
+        if self.exit_requested.load(Ordering::SeqCst) {
+            signals.kick();
+        }
+        *connected = Some(signals);
     }
 
     fn request_exit(&self) {

@@ -2,8 +2,8 @@
 //!
 //! A granule that is absent is not mapped, an unchanged one is mapped without the right to write, a changed
 //! one with all rights. Granules gain rights while vCPUs run, without anybody telling; then the guest's next
-//! access faults and [`Stage2::grant`] hears of it. They lose rights only by
-//! [`Stage2::write_protect`] and [`Stage2::take_away`].
+//! access faults and [`Stage2::grant`] hears of it. They lose rights only by [`Stage2::write_protect`] and
+//! [`Stage2::take_away`].
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -123,8 +123,8 @@ impl Stage2 {
 
     fn map(&self, range: Range, rights: Rights) -> Result<(), HvfError> {
         let offset = (range.base - self.ram.base()) as usize;
-        // SAFETY: the range is inside RAM, which `self.ram` keeps mapped until after `take_away`; `GuestRam` hands
-        // out no references to its bytes.
+        // SAFETY: the range is inside RAM, which `self.ram` keeps mapped until after `take_away`, and the
+        // virtual machine itself until it is destroyed; `GuestRam` hands out no references to its bytes.
         let result = unsafe {
             sys::map(self.ram.host_ptr().wrapping_add(offset), range.base, range.size, rights)
         };

@@ -224,6 +224,7 @@ impl HvfVcpu {
         }
         // Whoever is called out by taking memory away does not bring it back: others would stay in the guest.
         if self.kicked.swap(false, Ordering::SeqCst) {
+            self.fault = None;
             return Ok(Exit::Cancelled);
         }
         Ok(Exit::MemoryFault { address, write: syndrome::is_write(syndrome) })

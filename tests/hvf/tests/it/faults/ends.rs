@@ -3,7 +3,7 @@
 use std::{
     path::Path,
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use squib_hvf_stand_in::{Host, Session, hv_error_t};
@@ -16,6 +16,7 @@ use squib_vmm::{
     hypervisor::{HypervisorError, hvf::HvfError},
     machine::{Machine, MachineError},
 };
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{CODES, assert_framework, files, words};
 use crate::{
@@ -125,41 +126,44 @@ fn hypervisor(error: MachineError) -> HypervisorError {
     }
 }
 
-const ON: [u32; 3] = [
+const ON: [u32; 4] = [
     0x5280_0060, // mov w0, #3
     0x72b8_8000, // movk w0, #0xc400, lsl #16
     0xd280_0021, // mov x1, #1
+    0xd280_0103, // mov x3, #8
 ];
 
 /// Two vCPUs that never leave the guest of their own accord.
-const SPIN: [u32; 4] = [
-    0x1000_0062, // adr x2, spin
-    0xd280_0003, // mov x3, #0
+const SPIN: [u32; 5] = [
+    0x1000_0042, // adr x2, spin
     0xd400_0002, // hvc #0: CPU_ON
-    0x1400_0000, // spin: b .
+    0xd2b0_2001, // spin: mov x1, #0x81000000
+    0xf820_6821, // str x1, [x1, x0]
+    0x1400_0000, // b .
 ];
 
 /// A vCPU that sleeps, and one that never leaves the guest of its own accord.
-const SLEEP: [u32; 6] = [
-    0x1000_00a2, // adr x2, spin
-    0xd280_0003, // mov x3, #0
+const SLEEP: [u32; 7] = [
+    0x1000_0082, // adr x2, spin
     0xd400_0002, // hvc #0: CPU_ON
     0xd503_207f, // sleep: wfi
     0x17ff_ffff, // b sleep
-    0x1400_0000, // spin: b .
+    0xd2b0_2001, // spin: mov x1, #0x81000000
+    0xf820_6821, // str x1, [x1, x0]
+    0x1400_0000, // b .
 ];
 
-/// Two vCPUs in `code`.
-fn two(session: &Session, folder: &Path, code: &[u32]) -> Machine {
+/// Two vCPUs in `code`, of which those of `spinning` do so.
+fn two(folder: &Path, code: &[u32], spinning: &[u64]) -> Machine {
     let mut config = tiny(folder);
     std::fs::write(&config.kernel, kernel(&[&ON, code].concat())).unwrap();
     config.disks.clear();
     config.vcpus = 2;
     let machine = Machine::boot(config, Box::new(std::io::sink())).unwrap();
-    let runs = times(session, "hv_vcpu_run");
     machine.resume().unwrap();
-    // The first one's up to its call and after it, and the second one's.
-    wait_for(|| times(session, "hv_vcpu_run") >= runs + 3);
+    let there = |vcpu: &u64| GuestAddress(0x8100_0000 + 8 * vcpu);
+    let spins = |vcpu| machine.ram().read_obj::<u64>(there(vcpu)).unwrap() != 0;
+    wait_for(|| spinning.iter().all(spins));
     machine
 }
 
@@ -168,7 +172,9 @@ fn times(session: &Session, call: &str) -> u32 {
 }
 
 fn wait_for(what: impl Fn() -> bool) {
+    let start = Instant::now();
     while !what() {
+        assert!(start.elapsed() < PATIENCE);
         std::thread::yield_now();
     }
 }
@@ -178,7 +184,7 @@ fn a_guest_that_spins_and_cannot_be_called_leaves_all_the_same_and_loses_nothing
     let session = Session::begin();
     let log = log();
     let folder = tempfile::tempdir().unwrap();
-    let machine = two(&session, folder.path(), &SPIN);
+    let machine = two(folder.path(), &SPIN, &[0, 1]);
     for code in CODES {
         session.inject("hv_vcpus_exit", 0, code);
         machine.pause(PATIENCE).unwrap();
@@ -220,7 +226,7 @@ fn a_guest_that_spins_and_cannot_be_called_leaves_all_the_same_and_loses_nothing
 fn a_pause_that_cannot_be_had_misses_its_deadline_and_the_machine_runs_on() {
     let session = Session::begin();
     let folder = tempfile::tempdir().unwrap();
-    let machine = two(&session, folder.path(), &SPIN);
+    let machine = two(folder.path(), &SPIN, &[0, 1]);
     session.inject("hv_vcpus_exit", 0, CODES[0]);
     session.inject("hv_vm_unmap", 0, CODES[1]);
     let error = machine.pause(Duration::from_millis(50)).unwrap_err();
@@ -243,7 +249,7 @@ fn a_machine_ends_once_its_last_vcpu_can_be_called_and_nobody_calls_those_that_a
     // The one that sleeps does so outside, and needs no call.
     let session = Session::begin_on(Host { shows_wfi: true, ..Host::USUAL });
     let folder = tempfile::tempdir().unwrap();
-    let machine = two(&session, folder.path(), &SLEEP);
+    let machine = two(folder.path(), &SLEEP, &[1]);
     session.inject("hv_vcpus_exit", 0, CODES[0]);
     session.inject("hv_vm_unmap", 0, CODES[1]);
     std::thread::scope(|scope| {
