@@ -429,8 +429,8 @@ impl Local {
 
     /// An access to a device.
     fn abort(&mut self, at: u64, address: u64, write: bool) -> Answer {
+        let Some(instruction) = self.instruction(at) else { return self.again(at) };
         self.carried_out(at);
-        let instruction = self.cpu.as_ref().and_then(|(_, cpu)| cpu.instruction_at(at));
         let report = rules::report_this(|report| match report {
             Report::Hidden => true,
             Report::CacheMaintenance => write,
@@ -439,23 +439,34 @@ impl Local {
             let iss = CACHE_MAINTENANCE | TRANSLATION_FAULT;
             return self.trap(decode::syndrome(DATA_ABORT, iss), address);
         }
-        let shown = instruction.filter(|_| report.is_none());
         if !write {
-            self.loading = instruction.map(|instruction| (instruction & 31) as u8);
+            self.loading = Some((instruction & 31) as u8);
         }
+        let shown = report.is_none().then_some(instruction);
         let iss = decode::access(shown, write) | TRANSLATION_FAULT;
         self.trap(decode::syndrome(DATA_ABORT, iss), address)
     }
 
     fn system(&mut self, at: u64, reg: SysReg, read: bool) -> Answer {
+        let Some(instruction) = self.instruction(at) else { return self.again(at) };
         self.carried_out(at);
-        let instruction =
-            self.cpu.as_ref().and_then(|(_, cpu)| cpu.instruction_at(at)).unwrap_or(31);
         let register = (instruction & 31) as u8;
         if read {
             self.loading = Some(register);
         }
         self.trap(decode::syndrome(SYSTEM, decode::system(reg.0, register, read)), 0)
+    }
+
+    fn instruction(&self, at: u64) -> Option<u32> {
+        self.cpu.as_ref().and_then(|(_, cpu)| cpu.instruction_at(at))
+    }
+
+    /// The code was taken away since: the CPU forgets the instruction, and executes it again.
+    fn again(&mut self, at: u64) -> Answer {
+        self.regs_mut();
+        self.pc = at;
+        self.expected = Pc::At(at);
+        self.leave(hv::hv_exit_reason_t::CANCELED, 0, 0)
     }
 
     fn trap(&mut self, syndrome: u64, address: u64) -> Answer {
