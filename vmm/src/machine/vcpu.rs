@@ -66,13 +66,18 @@ impl Runner<'_> {
                 Next::Exit => return,
                 Next::Run { limit } => self.limit = limit,
             }
-            // That has ended the machine already.
-            if let Err(error) = self.run(vcpu)
-                && !matches!(error, HypervisorError::Memory(_))
-            {
-                let crash = Crash { vcpu: self.index, pc: vcpu.pc().ok(), why: error.to_string() };
-                tracing::error!("{crash}");
-                self.board.gate.end(Outcome::Crashed(crash));
+            match self.run(vcpu) {
+                Ok(()) => {}
+                // Whoever met it first ends the machine too, perhaps a moment later.
+                Err(HypervisorError::Memory(unavailable)) => {
+                    self.board.gate.end(Outcome::Damaged(unavailable));
+                }
+                Err(error) => {
+                    let (vcpu, pc, why) = (self.index, vcpu.pc().ok(), error.to_string());
+                    let crash = Crash { vcpu, pc, why };
+                    tracing::error!("{crash}");
+                    self.board.gate.end(Outcome::Crashed(crash));
+                }
             }
         }
     }
