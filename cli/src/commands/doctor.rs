@@ -6,10 +6,12 @@ mod system;
 use std::{fmt, thread::available_parallelism};
 
 use serde::Serialize;
+use squib_devices::{map, memory::GuestRam};
 use squib_snapshot::host::{self, HostMemory};
 use squib_vmm::{
     config::{BackendKind, MachineConfig},
-    hypervisor,
+    hypervisor::{self, CpuIdentity, Limits},
+    machine::MachineError,
 };
 
 use crate::{
@@ -138,14 +140,16 @@ fn machine() -> Vec<Property> {
     ]
 }
 
-/// Whether this build has the backend, from the backend itself.
+/// Whether a machine can be had on the backend, and how large: one is made.
 fn backend(kind: BackendKind) -> Property {
     let name = format!("backend {kind}");
     let config = MachineConfig { backend: kind, ..MachineConfig::new("vm", "") };
-    match hypervisor::identity(&config) {
-        Ok(identity) => {
-            let mhz = identity.counter_hz as f64 / 1e6;
-            Property::ok(name, format!("built in; the guest's counter runs at {mhz} MHz"))
+    match try_out(&config) {
+        Ok((CpuIdentity { counter_hz, .. }, Limits { vcpus, memory })) => {
+            let mhz = counter_hz as f64 / 1e6;
+            let memory = bytes(memory);
+            let found = format!("at most {vcpus} vCPUs and {memory}; a counter of {mhz} MHz");
+            Property::ok(name, found)
         }
         Err(error) => Property::missing(name, error).advice(match kind {
             BackendKind::Hvf if cfg!(all(target_os = "macos", target_arch = "aarch64")) => {
@@ -154,6 +158,14 @@ fn backend(kind: BackendKind) -> Property {
             _ => "use --backend soft",
         }),
     }
+}
+
+fn try_out(config: &MachineConfig) -> Result<(CpuIdentity, Limits), MachineError> {
+    let (identity, limits) = (hypervisor::identity(config)?, hypervisor::limits(config)?);
+    let size = map::RAM_MIN;
+    let ram = GuestRam::new(size).map_err(|source| MachineError::Memory { size, source })?;
+    drop(hypervisor::create(config, &ram)?);
+    Ok((identity, limits))
 }
 
 #[cfg(test)]

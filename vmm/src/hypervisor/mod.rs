@@ -14,14 +14,18 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use squib_devices::{
-    device::MachineDevice, granules::Unavailable, irq::IrqChip, map::Range, memory::GuestRam,
+    device::MachineDevice,
+    granules::Unavailable,
+    irq::IrqChip,
+    map::{MAX_VCPUS, Range},
+    memory::GuestRam,
 };
 use squib_formats::persist::{PersistError, Section};
 
 pub use soft::SoftVm;
 pub use state::{ExclusiveMonitor, HvfGicState, VcpuState};
 
-use crate::config::{BackendKind, MachineConfig};
+use crate::config::{BackendKind, MEMORY_MAX, MachineConfig};
 
 /// A virtual machine on the backend that `config` names, with `ram` at its place.
 pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError> {
@@ -57,6 +61,16 @@ pub fn host_build(config: &MachineConfig) -> Result<Option<String>, HypervisorEr
         #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
         BackendKind::Hvf => Ok(Some((hvf_entry()?.host_build)())),
         _ => Ok(None),
+    }
+}
+
+/// The most that a machine on the backend of `config` can have on this host.
+pub fn limits(config: &MachineConfig) -> Result<Limits, HypervisorError> {
+    match config.backend {
+        BackendKind::Soft => Ok(Limits { vcpus: MAX_VCPUS, memory: MEMORY_MAX }),
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+        BackendKind::Hvf => (hvf_entry()?.limits)(),
+        backend => Err(unavailable(backend)),
     }
 }
 
@@ -233,6 +247,15 @@ pub struct HostSystem {
     /// Registers of the vCPUs that it does not let one read, by encoding in ascending order. They are no part
     /// of [`VcpuState`].
     pub unreadable: Vec<u16>,
+}
+
+/// The most that a machine can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
 }
 
 /// What a backend cannot do.

@@ -103,6 +103,7 @@ fn the_program_says_what_it_is_and_has_the_backend() {
     let properties = report["properties"].as_array().unwrap();
     let hvf = properties.iter().find(|property| property["name"] == "backend hvf").unwrap();
     assert_eq!(hvf["status"], "ok", "{hvf}");
+    assert!(hvf["found"].as_str().unwrap().starts_with("at most 32 vCPUs and 1022"), "{hvf}");
     assert!(SQUIB.ends_with("squib-hvf-linux"));
 }
 
@@ -130,6 +131,10 @@ fn a_program_without_the_entitlement_is_told_how_to_sign() {
     let command = "codesign --force --sign - --entitlements cli/squib.entitlements";
     assert!(messages.contains(command), "{messages}");
     assert!(place.left().is_empty());
+    let doctor = place.squib(["doctor"]).env("SQUIB_HVF_DENY", "hv_vm_create").output().unwrap();
+    let said = String::from_utf8_lossy(&doctor.stdout);
+    let hvf = said.lines().find(|line| line.contains("backend hvf")).unwrap();
+    assert!(hvf.starts_with("missing") && hvf.contains(command), "{hvf}");
 }
 
 #[test]

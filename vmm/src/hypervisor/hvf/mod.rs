@@ -43,8 +43,10 @@ use self::{
     stage2::Stage2,
     vcpu::HvfVcpu,
 };
-use super::{CpuIdentity, HostSystem, HvfGicState, HypervisorError, SystemCounter, Vcpu, Vm};
-use crate::config::{BackendKind, MachineConfig};
+use super::{
+    CpuIdentity, HostSystem, HvfGicState, HypervisorError, Limits, SystemCounter, Vcpu, Vm,
+};
+use crate::config::{BackendKind, MEMORY_MAX, MachineConfig};
 
 type Create = fn(&MachineConfig, &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError>;
 
@@ -54,10 +56,11 @@ type Create = fn(&MachineConfig, &GuestRam) -> Result<Arc<dyn Vm>, HypervisorErr
 pub(super) struct Entry {
     pub(super) create: Create,
     pub(super) identity: fn() -> Result<CpuIdentity, HypervisorError>,
+    pub(super) limits: fn() -> Result<Limits, HypervisorError>,
     pub(super) host_build: fn() -> String,
 }
 
-const ENTRY: Entry = Entry { create, identity, host_build: sys::host_build };
+const ENTRY: Entry = Entry { create, identity, limits, host_build: sys::host_build };
 
 static STAND_IN: OnceLock<Entry> = OnceLock::new();
 
@@ -138,7 +141,7 @@ struct HvfVm(Arc<Machine>);
 fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError> {
     let stage2 = Stage2::new(ram)?;
     let counter = Arc::new(HvfCounter::new(sys::host_frequency().ok_or(HvfError::NoFrequency)?));
-    let most = Cpu::get_max_count().doing(|| "asking for the most vCPUs".to_owned())?;
+    let most = most_vcpus()?;
     if config.vcpus > most {
         let (wanted, most) = (config.vcpus.into(), most.into());
         return Err(HvfError::Limit { what: "vCPUs", wanted, most }.into());
@@ -162,11 +165,10 @@ fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, Hypervi
 
 /// A configuration with guest-physical addresses wide enough for the end of RAM.
 fn address_space(ram: &GuestRam) -> Result<VirtualMachineConfig, HvfError> {
-    let asking = || "asking for the width of guest-physical addresses".to_owned();
     let wanted = u64::BITS - (ram.base() + ram.size() - 1).leading_zeros();
     let mut config = VirtualMachineConfig::new();
-    if wanted > VirtualMachineConfig::get_default_ipa_size().doing(asking)? {
-        let most = VirtualMachineConfig::get_max_ipa_size().doing(asking)?;
+    if wanted > VirtualMachineConfig::get_default_ipa_size().doing(asking_for_width)? {
+        let most = VirtualMachineConfig::get_max_ipa_size().doing(asking_for_width)?;
         if wanted > most {
             let (what, wanted, most) =
                 ("bits of guest-physical address", wanted.into(), most.into());
@@ -176,6 +178,22 @@ fn address_space(ram: &GuestRam) -> Result<VirtualMachineConfig, HvfError> {
         config.set_ipa_size(most).doing(setting)?;
     }
     Ok(config)
+}
+
+fn limits() -> Result<Limits, HypervisorError> {
+    let bits = VirtualMachineConfig::get_max_ipa_size().doing(asking_for_width)?;
+    // What has no bit for RAM has no room for it.
+    let end = 1u64.checked_shl(bits).unwrap_or(u64::MAX);
+    let memory = end.saturating_sub(map::RAM_BASE).min(MEMORY_MAX);
+    Ok(Limits { vcpus: most_vcpus()?.min(map::MAX_VCPUS), memory })
+}
+
+fn most_vcpus() -> Result<u32, HvfError> {
+    Cpu::get_max_count().doing(|| "asking for the most vCPUs".to_owned())
+}
+
+fn asking_for_width() -> String {
+    "asking for the width of guest-physical addresses".to_owned()
 }
 
 fn identity() -> Result<CpuIdentity, HypervisorError> {
