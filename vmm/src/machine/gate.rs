@@ -21,8 +21,9 @@ use crate::{
     psci::Psci,
 };
 
-/// How long a thread that is to end has until it is kicked again.
-const KICK_AGAIN: Duration = Duration::from_millis(200);
+/// How long a thread that is called has until it is kicked again: a backend may lose a kick that meets another
+/// exit, and a guest that sleeps comes by nothing else.
+const KICK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Work for a parked vCPU's thread.
 type Request = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
@@ -174,7 +175,12 @@ impl Gate {
             self.close(&mut state);
         }
         while !state.all_parked() {
-            if self.changed.wait_until(&mut state, deadline).timed_out() && !state.all_parked() {
+            let again = deadline.min(Instant::now() + KICK_AGAIN);
+            if self.changed.wait_until(&mut state, again).timed_out() && !state.all_parked() {
+                if Instant::now() < deadline {
+                    kick(&state, |slot| !slot.at_rest());
+                    continue;
+                }
                 let late = (0..).zip(&state.slots).filter(|(_, slot)| !slot.at_rest());
                 let late = late.map(|(index, _)| index).collect();
                 if state.outcome.is_none() {
@@ -262,8 +268,7 @@ impl Gate {
             }
             let again = until.min(Instant::now() + KICK_AGAIN);
             if self.changed.wait_until(&mut state, again).timed_out() {
-                // What went wrong with the first one may be over.
-                kick_all(&state);
+                kick(&state, |slot| !slot.gone);
             }
         }
     }
@@ -283,14 +288,15 @@ impl Gate {
     fn close(&self, state: &mut State) {
         state.phase = Phase::Park;
         self.park.store(true, Ordering::Release);
-        kick_all(state);
+        kick(state, |_| true);
         self.psci.interrupt();
         self.changed.notify_all();
     }
 }
 
-fn kick_all(state: &State) {
-    state.slots.iter().filter_map(|slot| slot.kick.as_ref()).for_each(|kick| kick.kick());
+fn kick(state: &State, which: impl Fn(&Slot) -> bool) {
+    let slots = state.slots.iter().filter(|slot| which(slot));
+    slots.filter_map(|slot| slot.kick.as_ref()).for_each(|kick| kick.kick());
 }
 
 impl State {
@@ -323,12 +329,17 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_does_not_end_is_kicked_again_and_then_left_alone() {
+    fn a_thread_that_does_not_come_is_kicked_again_and_then_left_alone() {
         let psci = Psci::new(2, Range { base: 0, size: 0x1000 });
         let gate = Gate::new(2, Arc::new(psci));
         let kicks = [Arc::new(Kicks::default()), Arc::new(Kicks::default())];
         for (index, kicks) in (0..).zip(&kicks) {
             gate.enter(index, Arc::clone(kicks) as Arc<dyn Kick>);
+        }
+        gate.open(None).unwrap();
+        assert_eq!(gate.close_until(Instant::now() + KICK_AGAIN * 3 / 2), Err(vec![0, 1]));
+        for kicks in &kicks {
+            assert!(kicks.0.load(Ordering::SeqCst) >= 2);
         }
         gate.leave(0, None);
         assert_eq!(gate.dismiss(KICK_AGAIN * 3 / 2), [1]);

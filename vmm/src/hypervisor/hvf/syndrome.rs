@@ -18,6 +18,11 @@ pub(super) const INSTRUCTION_ABORT: u64 = 0x20;
 /// Data abort from EL0 or EL1.
 pub(super) const DATA_ABORT: u64 = 0x24;
 
+/// TI bit 0: a WFE or WFET, which asks for nothing that could be waited for.
+pub(super) const fn waits_for_event(syndrome: u64) -> bool {
+    syndrome & 1 != 0
+}
+
 /// Bits 15 to 0: the immediate of an HVC.
 pub(super) const fn immediate(syndrome: u64) -> u16 {
     syndrome as u16
@@ -143,6 +148,14 @@ mod tests {
         assert_eq!(load(2, true, true), 0xffff_ffff_8765_4381);
         assert_eq!(load(2, false, false), 0x8765_4381);
         assert_eq!(load(3, false, true), 0xdead_beef_8765_4381);
+    }
+
+    #[test]
+    fn a_wfe_and_a_wfet_are_told_from_a_wfi_and_a_wfit() {
+        assert_eq!(
+            [0, 1, 2, 3].map(|ti| waits_for_event(WFX << 26 | ti)),
+            [false, true, false, true]
+        );
     }
 
     #[test]

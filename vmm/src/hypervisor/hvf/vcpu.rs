@@ -171,7 +171,8 @@ impl HvfVcpu {
         match syndrome::class(syndrome) {
             syndrome::WFX => {
                 self.advance()?;
-                Ok(Some(Exit::WaitForInterrupt))
+                let event = syndrome::waits_for_event(syndrome);
+                Ok((!event).then_some(Exit::WaitForInterrupt))
             }
             // PC points behind it already.
             syndrome::HVC => Ok(Some(Exit::Hypercall { imm: syndrome::immediate(syndrome) })),
