@@ -31,6 +31,7 @@ const PERMISSION_FAULT: u64 = 0b001111;
 const S1PTW: u64 = 1 << 7;
 /// CM with WnR.
 const CACHE_MAINTENANCE: u64 = 1 << 8 | 1 << 6;
+const CNTP_CVAL: u16 = hv::hv_sys_reg_t::CNTP_CVAL_EL0 as u16;
 const PFR1: u16 = hv::hv_sys_reg_t::ID_AA64PFR1_EL1 as u16;
 const PFR1_SME: u64 = 0xf << 24;
 
@@ -159,15 +160,28 @@ impl Local {
         if let Some(value) = id_register(reg) {
             return Ok(if self.sme_hidden && reg == PFR1 { value & !PFR1_SME } else { value });
         }
+        let offset = self.offset;
         let regs = self.regs();
         Ok(match reg {
             _ if reg == hv::hv_sys_reg_t::SP_EL0 as u16 => regs.sp_el0,
             _ if reg == hv::hv_sys_reg_t::SP_EL1 as u16 => regs.sp_el1,
             _ => match regs.sysregs.iter().find(|(found, _)| found.0 == reg) {
+                Some((_, value)) if reg == CNTP_CVAL => value.wrapping_add(offset),
                 Some((_, value)) => *value,
                 None => self.extra.get(&reg).copied().unwrap_or(0),
             },
         })
+    }
+
+    /// Moves the virtual counter. The physical timer stays where it is by the host's, as the software CPU, which
+    /// has one counter for both, must be told.
+    pub(crate) fn set_offset(&mut self, offset: u64) {
+        let moved = offset.wrapping_sub(std::mem::replace(&mut self.offset, offset));
+        for (reg, value) in &mut self.regs_mut().sysregs {
+            if reg.0 == CNTP_CVAL {
+                *value = value.wrapping_sub(moved);
+            }
+        }
     }
 
     pub(crate) fn set_sys_reg(&mut self, reg: u16, value: u64) -> Answer {
@@ -186,11 +200,13 @@ impl Local {
             }
             return Err(violation(format!("identification register {} is set", SysReg(reg))));
         }
+        let offset = self.offset;
         let regs = self.regs_mut();
         match reg {
             _ if reg == hv::hv_sys_reg_t::SP_EL0 as u16 => regs.sp_el0 = value,
             _ if reg == hv::hv_sys_reg_t::SP_EL1 as u16 => regs.sp_el1 = value,
             _ => match regs.sysregs.iter_mut().find(|(found, _)| found.0 == reg) {
+                Some((_, old)) if reg == CNTP_CVAL => *old = value.wrapping_sub(offset),
                 Some((_, old)) => *old = value,
                 None => drop(self.extra.insert(reg, value)),
             },
@@ -504,7 +520,10 @@ fn is_refused(reg: u16) -> bool {
     let is_pmu = op0 == 3
         && (crn == 9 && (12..=14).contains(&crm) && matches!(op1, 0 | 3)
             || crn == 14 && crm >= 8 && op1 == 3);
-    needs_el2 || is_cntp || is_pmu || [OSLAR, OSDLR, CNTFRQ].contains(&reg)
+    needs_el2
+        || is_cntp && !host().physical_timer
+        || is_pmu
+        || [OSLAR, OSDLR, CNTFRQ].contains(&reg)
 }
 
 /// Value of an identification register as this host's CPU has it.

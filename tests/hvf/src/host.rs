@@ -21,6 +21,8 @@ pub struct Host {
     /// A WFI leaves the guest. With an interrupt controller of its own the framework sleeps itself, at least on the
     /// systems where that was seen.
     pub shows_wfi: bool,
+    /// The guest's physical timer can be read and set; its value is by the host's counter.
+    pub physical_timer: bool,
     /// Nanoseconds of one tick as numerator and denominator; none if the host does not say.
     pub timebase: Option<(u32, u32)>,
     /// The interrupt controller.
@@ -61,6 +63,7 @@ impl Host {
         sme: false,
         timer_exits: false,
         shows_wfi: false,
+        physical_timer: true,
         timebase: Some((1, 1)),
         gic: Geometry {
             distributor_size: 0x1_0000,

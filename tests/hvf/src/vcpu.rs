@@ -291,6 +291,19 @@ extern "C" fn hv_vcpu_set_sys_reg(vcpu: u64, reg: SysRegNumber, value: u64) -> h
     code(begin("hv_vcpu_set_sys_reg").and_then(|()| with(vcpu, set)))
 }
 
+/// Nothing is trapped here anyway.
+#[unsafe(no_mangle)]
+extern "C" fn hv_vcpu_set_trap_debug_exceptions(vcpu: u64, trapped: bool) -> hv::hv_return_t {
+    let set = |_: &mut Local| if trapped { Err(violation("a debugged guest")) } else { Ok(()) };
+    code(begin("hv_vcpu_set_trap_debug_exceptions").and_then(|()| with(vcpu, set)))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn hv_vcpu_set_trap_debug_reg_accesses(vcpu: u64, trapped: bool) -> hv::hv_return_t {
+    let set = |_: &mut Local| if trapped { Err(violation("a debugged guest")) } else { Ok(()) };
+    code(begin("hv_vcpu_set_trap_debug_reg_accesses").and_then(|()| with(vcpu, set)))
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn hv_vcpu_set_vtimer_mask(vcpu: u64, masked: bool) -> hv::hv_return_t {
     let set = |local: &mut Local| {
@@ -303,7 +316,7 @@ extern "C" fn hv_vcpu_set_vtimer_mask(vcpu: u64, masked: bool) -> hv::hv_return_
 #[unsafe(no_mangle)]
 extern "C" fn hv_vcpu_set_vtimer_offset(vcpu: u64, offset: u64) -> hv::hv_return_t {
     let set = |local: &mut Local| {
-        local.offset = offset;
+        local.set_offset(offset);
         Ok(())
     };
     code(begin("hv_vcpu_set_vtimer_offset").and_then(|()| with(vcpu, set)))

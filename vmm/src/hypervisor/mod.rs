@@ -184,7 +184,7 @@ pub trait Vcpu {
 
 /// Makes a vCPU leave the guest, from any thread.
 pub trait Kick: Send + Sync {
-    /// The current or the next [`Vcpu::run`] or [`Vcpu::wait`] returns. Never blocks.
+    /// The current or the next [`Vcpu::run`] or [`Vcpu::wait`] returns. Does not wait for it.
     fn kick(&self);
 }
 

@@ -1,7 +1,7 @@
 //! A restored guest cannot tell that it was away, to the instruction; and at the same instruction the software
 //! CPU's state is the same.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, time::Instant};
 
 use squib_devices::gic::{GicState, IccState};
 use squib_formats::persist::{Section, Versioned};
@@ -23,7 +23,7 @@ use squib_vmm::{
 
 use crate::{
     Session,
-    common::{PATIENCE, memory},
+    common::{PATIENCE, bare, memory},
     snapshots::{back, options},
 };
 
@@ -220,6 +220,52 @@ fn assert_same_state(hvf: &Moment, soft: &Moment, point: u64) {
         let name = squib_soft::SysReg(register);
         assert_eq!(ours.get(&register), Some(&value), "{name} at {point}");
     }
+}
+
+#[test]
+fn a_physical_timer_is_saved_by_the_virtual_counter_and_stays_as_far_away() {
+    const CTL: u16 = 0xdf11;
+    const CVAL: u16 = 0xdf12;
+    let session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    let code = [
+        0xd2e0_0201, // mov x1, #0x0010_0000_0000_0000
+        0xd51b_e241, // msr CNTP_CVAL_EL0, x1
+        0xd280_0022, // mov x2, #1: ENABLE
+        0xd51b_e222, // msr CNTP_CTL_EL0, x2
+        0x1400_0000, // b .
+    ];
+    let machine = bare(folder.path(), &code);
+    let told = |machine: &Machine| {
+        let state = moment(machine, &Capture::default()).vcpu;
+        let of = |register| state.sysregs.iter().find(|(found, _)| *found == register).unwrap().1;
+        (of(CTL), of(CVAL))
+    };
+    let set = (1, 0x0010_0000_0000_0000);
+    let start = Instant::now();
+    loop {
+        machine.pause(PATIENCE).unwrap();
+        if told(&machine) == set {
+            break;
+        }
+        machine.resume().unwrap();
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::yield_now();
+    }
+    // By the host's counter, which goes on in a pause, it would be nearer each time.
+    machine.resume().unwrap();
+    machine.pause(PATIENCE).unwrap();
+    assert_eq!(told(&machine), set);
+    let path = folder.path().join("snap");
+    capture(&machine, &path, &options()).unwrap();
+    drop(machine);
+    let disks = folder.path().join("disks");
+    let there = back(&path, &disks, MemoryLoad::Eager, &Capture::default()).unwrap().machine;
+    assert_eq!(told(&there), set);
+    there.resume().unwrap();
+    there.pause(PATIENCE).unwrap();
+    assert_eq!(told(&there), set);
+    drop((there, session));
 }
 
 #[test]

@@ -27,29 +27,32 @@ const _: () = assert!(map::GICD.end() <= MSI.base && MSI.end() <= map::GICR.base
 /// A controller at the addresses of the machine's memory map, if the framework's fits there.
 pub(super) fn config() -> Result<GicConfig, HvfError> {
     let asking = || "asking for the interrupt controller's geometry".to_owned();
-    let fits = |what, range: Range, size: usize, alignment: usize| {
-        if size as u64 > range.size {
-            return Err(HvfError::Chip { what, found: size as u64, needed: range.size });
+    let fits = |[size_of, alignment_of]: [_; 2], range: Range, size: usize, alignment: usize| {
+        let (size, alignment) = (size as u64, alignment as u64);
+        if size > range.size {
+            return Err(HvfError::Chip { what: size_of, found: size, needed: range.size });
         }
-        if alignment == 0 || !range.base.is_multiple_of(alignment as u64) {
-            return Err(HvfError::Chip { what, found: alignment as u64, needed: range.base });
+        if alignment == 0 || !range.base.is_multiple_of(alignment) {
+            // What its address is a multiple of.
+            let needed = 1 << range.base.trailing_zeros();
+            return Err(HvfError::Chip { what: alignment_of, found: alignment, needed });
         }
         Ok(())
     };
     fits(
-        "the distributor's size or alignment",
+        ["the distributor's size", "the distributor's alignment"],
         map::GICD,
         GicConfig::get_distributor_size().doing(asking)?,
         GicConfig::get_distributor_base_alignment().doing(asking)?,
     )?;
     fits(
-        "the redistributors' size or alignment",
+        ["the redistributors' size", "the redistributors' alignment"],
         map::GICR,
         GicConfig::get_redistributor_region_size().doing(asking)?,
         GicConfig::get_redistributor_base_alignment().doing(asking)?,
     )?;
     fits(
-        "the message region's size or alignment",
+        ["the message region's size", "the message region's alignment"],
         MSI,
         GicConfig::get_msi_region_size().doing(asking)?,
         GicConfig::get_msi_region_base_alignment().doing(asking)?,
@@ -115,6 +118,9 @@ pub(super) fn restore(section: &Section) -> Result<(), HypervisorError> {
     if backend != "hvf" {
         let why = format!("`{backend}`, here it is `hvf`");
         return Err(PersistError::invalid(HvfGicState::KIND, "backend", why).into());
+    }
+    if bytes.is_empty() {
+        return Err(PersistError::invalid(HvfGicState::KIND, "bytes", "none".to_owned()).into());
     }
     sys::set_gic_state(&bytes).map_err(|code| {
         let (made_on, here) = (host_build, sys::host_build());

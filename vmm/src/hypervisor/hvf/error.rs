@@ -45,6 +45,20 @@ pub enum HvfError {
         /// What the machine has room for.
         needed: u64,
     },
+    /// A register has another value than the one that was set.
+    #[error(
+        "Hypervisor.framework: vCPU {vcpu}: {register} was set to {wanted:#x} and is {found:#x}"
+    )]
+    NotTaken {
+        /// The vCPU.
+        vcpu: u32,
+        /// The register's name.
+        register: String,
+        /// What was set.
+        wanted: u64,
+        /// What is there.
+        found: u64,
+    },
     /// The framework does not take the saved state of an interrupt controller.
     #[error(
         "Hypervisor.framework: setting the interrupt controller's state: {code}; {}",
@@ -151,18 +165,18 @@ impl<T> Doing<T> for Result<T, Code> {
     }
 }
 
-/// What being done makes "denied" or "busy" mean.
+/// What being done makes "busy" mean.
 pub(super) const CREATING_VM: &str = "creating the virtual machine and its interrupt controller";
 
 fn help(code: Code, doing: &str) -> &'static str {
     match code {
-        Code::Denied if doing == CREATING_VM => {
-            "; the program needs the entitlement com.apple.security.hypervisor, which an ad-hoc signature gives: codesign --force --sign - --entitlements cli/squib.entitlements PROGRAM"
+        Code::Denied => {
+            "; the program needs the entitlement com.apple.security.hypervisor, which an ad-hoc signature gives: codesign --force --sign - --entitlements cli/squib.entitlements PROGRAM (or cli/sign PROGRAM)"
         }
         Code::Busy if doing == CREATING_VM => {
             "; there is one virtual machine a process: run another squib for another machine"
         }
-        Code::Unsupported if doing == CREATING_VM => {
+        Code::Unsupported => {
             "; the host is too old or is itself a virtual machine: macOS 15 on Apple silicon is needed"
         }
         Code::NoResources => "; another program may use up the host's virtual machines or memory",
@@ -177,7 +191,9 @@ fn chip_help(made_on: &str, here: &str) -> String {
             "it was made on this build, {here}: the snapshot is damaged or of another machine"
         ),
         false => format!(
-            "it was made on build {made_on} and this host has {here}: restore it on a host of that build, or boot the guest anew"
+            "it was made on build {} and this host has {here}: restore it on a host of that build, or boot the guest anew",
+            // It comes from the snapshot.
+            made_on.escape_debug()
         ),
     }
 }

@@ -57,7 +57,7 @@ impl Stage2 {
             return Ok(());
         }
         let (access, _) = self.ram.granules().rights();
-        let wanted: Vec<_> = access
+        let mut wanted: Vec<_> = access
             .iter()
             .map(|access| match access.load(Ordering::Acquire) {
                 access if access & READABLE == 0 => None,
@@ -65,6 +65,10 @@ impl Stage2 {
                 _ => Some(Rights::All),
             })
             .collect();
+        // What a try that failed further on has mapped is there already.
+        for (wanted, mapped) in wanted.iter_mut().zip(&*mapped) {
+            *wanted = wanted.filter(|_| mapped.is_none());
+        }
         for Run { range, granules, rights } in self.runs(&wanted) {
             if let Some(rights) = rights {
                 self.map(range, rights)?;
@@ -85,8 +89,8 @@ impl Stage2 {
         match mapped[granule] {
             None => self.map(range, wanted)?,
             Some(Rights::ReadExec) if write => protect(range, wanted)?,
-            // Another vCPU met the same fault and was here first.
-            Some(_) => return Ok(()),
+            // Another vCPU met the same fault and was here first. If it is not so, this says why.
+            Some(rights) => return protect(range, rights),
         }
         mapped[granule] = Some(wanted);
         Ok(())
@@ -95,11 +99,10 @@ impl Stage2 {
     /// Takes the right to write away from all. EXEC stays, since a guest executes what it has written.
     pub(super) fn write_protect(&self) -> Result<(), HvfError> {
         let mut mapped = self.mapped.lock();
-        for Run { range, granules, rights } in self.runs(&mapped) {
-            if rights == Some(Rights::All) {
-                self.in_parts(range, |range| protect(range, Rights::ReadExec))?;
-                // At once: after an error further on, a write here must not be taken for one that is allowed.
-                mapped[granules].fill(Some(Rights::ReadExec));
+        for run in self.runs(&mapped) {
+            if run.rights == Some(Rights::All) {
+                let now = Some(Rights::ReadExec);
+                self.change(&mut mapped, &run, now, |range| protect(range, Rights::ReadExec))?;
             }
         }
         Ok(())
@@ -107,16 +110,14 @@ impl Stage2 {
 
     /// Takes everything out of the guest's address space: before the host memory goes away, or to make vCPUs
     /// leave the guest that cannot be called. Whatever they touch next faults, and [`grant`](Self::grant)
-    /// brings it back.
+    /// brings it back; one that sleeps touches nothing.
     pub(super) fn take_away(&self) {
         let mut mapped = self.mapped.lock();
-        for Run { range, granules, rights } in self.runs(&mapped) {
-            if rights.is_none() {
-                continue;
-            }
-            match self.in_parts(range, unmap) {
-                Ok(()) => mapped[granules].fill(None),
-                Err(error) => tracing::warn!("guest memory stays mapped: {error}"),
+        for run in self.runs(&mapped) {
+            if run.rights.is_some()
+                && let Err(error) = self.change(&mut mapped, &run, None, unmap)
+            {
+                tracing::warn!("guest memory stays mapped: {error}");
             }
         }
     }
@@ -131,21 +132,34 @@ impl Stage2 {
         result.doing(|| format!("mapping {:#x} bytes of RAM at {:#x}", range.size, range.base))
     }
 
-    /// Does `work` on neighbouring granules at once, and if that is refused on each: they may have been mapped
-    /// by several calls, and the framework does not say whether one call may then change them all.
-    fn in_parts(
+    /// Does `work` on all of `run` at once, and if that is refused on each granule: they may have been mapped by
+    /// several calls, and the framework does not say whether one call may then change them all. What was done
+    /// is noted as it is done: after an error further on, an access must not be taken for one that is allowed.
+    fn change(
         &self,
-        range: Range,
+        mapped: &mut [Option<Rights>],
+        run: &Run,
+        now: Option<Rights>,
         work: impl Fn(Range) -> Result<(), HvfError>,
     ) -> Result<(), HvfError> {
-        let size = self.ram.granules().granule_size();
-        let whole = work(range);
-        if whole.is_ok() || range.size <= size {
-            return whole;
+        let Run { range, ref granules, rights: _ } = *run;
+        match work(range) {
+            Ok(()) => mapped[granules.clone()].fill(now),
+            Err(error) if granules.len() == 1 => return Err(error),
+            Err(_) => {
+                let size = self.ram.granules().granule_size();
+                let bases = (range.base..range.end()).step_by(size as usize);
+                let mut failed = None;
+                for (granule, base) in granules.clone().zip(bases) {
+                    match work(Range { base, size: size.min(range.end() - base) }) {
+                        Ok(()) => mapped[granule] = now,
+                        Err(error) => failed = failed.or(Some(error)),
+                    }
+                }
+                return failed.map_or(Ok(()), Err);
+            }
         }
-        (range.base..range.end())
-            .step_by(size as usize)
-            .try_for_each(|base| work(Range { base, size: size.min(range.end() - base) }))
+        Ok(())
     }
 
     /// Neighbouring granules with equal rights.

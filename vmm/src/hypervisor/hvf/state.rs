@@ -10,6 +10,10 @@ use super::{
 };
 use crate::hypervisor::VcpuState;
 
+/// Registers with ISTATUS.
+const TIMER_CONTROLS: [SysReg; 2] = [SysReg::CNTV_CTL_EL0, SysReg::CNTP_CTL_EL0];
+/// CNTV_CTL_EL0.ISTATUS, CNTP_CTL_EL0.ISTATUS.
+const TIMER_STATUS: u64 = 1 << 2;
 /// PSTATE after reset: EL1h, D, A, I and F masked.
 pub(super) const RESET_PSTATE: u64 = 0x3c5;
 /// PSTATE.M: EL0t, EL1t, EL1h. Bit 4 would be AArch32.
@@ -33,6 +37,11 @@ impl Layout {
         Self { vcpu, system, icc }
     }
 
+    /// Whether the register is a part of the state.
+    pub(super) fn has(&self, register: SysReg) -> bool {
+        self.system.contains(&register)
+    }
+
     /// All registers. What the framework does not tell, which is the exclusive monitor and whether the vCPU
     /// sleeps, the architecture lets anybody lose.
     pub(super) fn read(&self, cpu: &Cpu) -> Result<VcpuState, HvfError> {
@@ -50,7 +59,9 @@ impl Layout {
         }
         let mut sysregs = Vec::with_capacity(self.system.len() + self.icc.len());
         for reg in &self.system {
-            sysregs.push((*reg as u16, get_system(*reg)?));
+            // Whether it has fired follows from the counter, which the framework does not hold in a pause.
+            let derived = if TIMER_CONTROLS.contains(reg) { TIMER_STATUS } else { 0 };
+            sysregs.push((*reg as u16, get_system(*reg)? & !derived));
         }
         for reg in &self.icc {
             let value = cpu.get_icc_reg(*reg);
@@ -86,6 +97,16 @@ impl Layout {
             if let Some(value) = wanted(*reg as u16) {
                 let set = cpu.set_icc_reg(*reg, value);
                 set.map_err(self.refused("setting", || icc_name(*reg)))?;
+            }
+        }
+        // An interrupt in service stays so by these alone: without them the guest would not hear of the next.
+        for reg in NEEDED_ICC {
+            let wanted = of(state, reg as u16);
+            let found = cpu.get_icc_reg(reg);
+            let found = found.map_err(self.refused("reading", || icc_name(reg)))?;
+            if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
+                let (vcpu, register) = (self.vcpu, icc_name(reg));
+                return Err(HvfError::NotTaken { vcpu, register, wanted, found });
             }
         }
         let set_system = |reg: SysReg, value| {
@@ -152,7 +173,24 @@ pub(super) fn unreadable(cpu: &Cpu, vcpu: u32) -> Result<Vec<u16>, HvfError> {
 
 /// Checks a state from disk against `reset`, that of the vCPU it is for.
 pub(super) fn check(state: &VcpuState, reset: &VcpuState) -> Result<(), PersistError> {
-    let VcpuState { pstate, fpcr, fpsr, sysregs, .. } = state;
+    let VcpuState {
+        x: _,
+        sp_el0: _,
+        sp_el1: _,
+        pc: _,
+        pstate,
+        v: _,
+        fpcr,
+        fpsr,
+        sysregs,
+        exclusive,
+        waiting,
+        retired,
+    } = state;
+    if exclusive.is_some() || *waiting || *retired != 0 {
+        let why = "the framework tells of no exclusive monitor, no sleep and no count".to_owned();
+        return Err(invalid("exclusive, waiting, retired", why));
+    }
     if pstate >> 32 != 0 || !MODES.contains(&(pstate & PSTATE_MODE)) {
         return Err(invalid("pstate", format!("{pstate:#x} is not one of AArch64 EL0 or EL1")));
     }
@@ -173,7 +211,9 @@ pub(super) fn check(state: &VcpuState, reset: &VcpuState) -> Result<(), PersistE
     }
     for (encoding, here) in &reset.sysregs {
         match of(state, *encoding) {
-            None => return bad(*encoding, "is missing"),
+            None if needed(*encoding) => return bad(*encoding, "is missing"),
+            // The host of the snapshot did not tell it, so it stays as it is after reset.
+            None => {}
             // The guest has seen it, and the framework would take any value.
             Some(found) if is_identity(*encoding) && found != *here => {
                 return bad(*encoding, &format!("is {found:#x}, this vCPU's is {here:#x}"));
@@ -182,6 +222,22 @@ pub(super) fn check(state: &VcpuState, reset: &VcpuState) -> Result<(), PersistE
         }
     }
     Ok(())
+}
+
+/// Moves the physical timer's value by `ticks`. All backends save it by the virtual counter; in the framework it is
+/// by the host's.
+pub(super) fn shift_physical_timer(state: &mut VcpuState, ticks: u64) {
+    const CVAL: u16 = SysReg::CNTP_CVAL_EL0 as u16;
+    if let Ok(at) = state.sysregs.binary_search_by_key(&CVAL, |(encoding, _)| *encoding) {
+        let value = &mut state.sysregs[at].1;
+        *value = value.wrapping_add(ticks);
+    }
+}
+
+/// Whether a guest does not go on without the register.
+fn needed(encoding: u16) -> bool {
+    NEEDED.iter().any(|reg| *reg as u16 == encoding)
+        || NEEDED_ICC.iter().any(|reg| *reg as u16 == encoding)
 }
 
 /// MIDR_EL1, MPIDR_EL1 and the ID registers: op0 = 3, op1 = 0, CRn = 0.
@@ -237,6 +293,8 @@ mod tests {
         assert!(refused(|state| state.sysregs.swap(1, 2)).contains("out of order"));
         assert!(refused(|state| state.sysregs[2].0 = 0xc101).contains("unknown"));
         assert!(refused(|state| state.sysregs.truncate(2)).contains("S3_0_C2_C0_0 is missing"));
+        assert!(refused(|state| state.waiting = true).contains("waiting"));
+        assert!(refused(|state| state.retired = 1).contains("retired"));
         assert!(refused(|state| state.sysregs[0].1 = 0x8000_0000).contains("0x80000000"));
     }
 }

@@ -127,40 +127,21 @@ pub(super) fn host_frequency() -> Option<u64> {
     ticks.filter(|ticks| code == 0 && *ticks > 0)
 }
 
-/// Keeps the thread on fast cores and its timers exact: the guest is what somebody waits for. It is only a wish.
+/// Keeps the thread on fast cores and its timers exact: the guest is what somebody waits for. It is only a wish. A
+/// Mach policy for the thread, of whatever kind, would take it back.
 pub(super) fn prefer_fast_cores() {
     #[cfg(target_os = "macos")]
     {
         /// <sys/qos.h>
         const QOS_CLASS_USER_INTERACTIVE: u32 = 0x21;
 
-        /// <mach/thread_policy.h>: timers are not put together with others that are due a little later.
-        const THREAD_LATENCY_QOS_POLICY: c_int = 7;
-        static LATENCY_QOS_TIER_0: c_int = 0xff << 16 | 1;
-
         unsafe extern "C" {
-            safe fn pthread_self() -> *mut c_void;
-            fn pthread_mach_thread_np(thread: *mut c_void) -> u32;
-            fn thread_policy_set(
-                thread: u32,
-                flavor: c_int,
-                policy: *const c_int,
-                count: u32,
-            ) -> c_int;
             safe fn pthread_set_qos_class_self_np(class: u32, relative_priority: i32) -> i32;
         }
 
         let code = pthread_set_qos_class_self_np(QOS_CLASS_USER_INTERACTIVE, 0);
         if code != 0 {
             tracing::debug!("the vCPU's thread keeps its quality of service: error {code}");
-        }
-        // SAFETY: the policy is that flavour's one integer, and is only read.
-        let code = unsafe {
-            let thread = pthread_mach_thread_np(pthread_self());
-            thread_policy_set(thread, THREAD_LATENCY_QOS_POLICY, &raw const LATENCY_QOS_TIER_0, 1)
-        };
-        if code != 0 {
-            tracing::debug!("the vCPU's timers may be late: error {code}");
         }
     }
 }

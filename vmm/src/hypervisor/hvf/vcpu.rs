@@ -72,10 +72,14 @@ impl HvfVcpu {
     pub(super) fn new(machine: &Arc<Machine>, index: u32) -> Result<Self, HvfError> {
         sys::prefer_fast_cores();
         let cpu = machine.vm.create_vcpu(index)?;
-        // Before anything else: the framework finds the redistributor by it.
+        // Before anything else: accesses to the redistributor need it.
         let mpidr = MPIDR_RES1 | affinity(index);
         cpu.set_sys_reg(SysReg::MPIDR_EL1, mpidr)
             .doing(|| format!("setting MPIDR_EL1 of vCPU {index}"))?;
+        // Its debug registers and exceptions are the guest's.
+        let debugging = || format!("leaving debugging to the guest of vCPU {index}");
+        cpu.set_trap_debug_exceptions(false).doing(debugging)?;
+        cpu.set_trap_debug_reg_accesses(false).doing(debugging)?;
         let base = cpu
             .get_redistributor_base()
             .doing(|| format!("asking for the redistributor of vCPU {index}"))?;
@@ -155,9 +159,23 @@ impl HvfVcpu {
             self.cpu
                 .set_vtimer_offset(offset)
                 .doing(|| format!("setting the counter's offset of vCPU {}", self.index))?;
-            self.offset = Some(offset);
+            let before = self.offset.replace(offset).unwrap_or(0);
+            self.shift_physical_timer(offset.wrapping_sub(before))?;
         }
         Ok(())
+    }
+
+    /// The offset is the virtual counter's alone; the guest's physical timer is moved by it, so that it fires as
+    /// much later as the guest was away.
+    fn shift_physical_timer(&self, ticks: u64) -> Result<(), HvfError> {
+        let register = SysReg::CNTP_CVAL_EL0;
+        if ticks == 0 || !self.layout.has(register) {
+            return Ok(());
+        }
+        let refused = |doing| move |code| self.refused(doing, format!("{register:?}"), code);
+        let at = self.cpu.get_sys_reg(register).map_err(refused("reading"))?;
+        let moved = self.cpu.set_sys_reg(register, at.wrapping_add(ticks));
+        moved.map_err(refused("setting"))
     }
 
     /// What an exception means; none if the guest can go on.
@@ -277,17 +295,41 @@ impl HvfVcpu {
         })
     }
 
-    /// How long it is until the virtual timer fires, if it does.
-    fn until_timer(&self) -> Result<Option<Duration>, HvfError> {
+    fn unmask_timer(&self) -> Result<(), HvfError> {
+        let unmask = self.cpu.set_vtimer_mask(false);
+        unmask.doing(|| format!("unmasking the timer of vCPU {}", self.index))
+    }
+
+    /// A timer that fired while the run was being cancelled may have been masked for an exit that nobody has
+    /// seen; then a guest that sleeps would not be woken by it. Setting its value makes it fire again.
+    fn rearm_timer(&self) -> Result<(), HvfError> {
+        self.unmask_timer()?;
+        match self.timer()? {
+            Some(at) if at <= self.machine.counter.now() => {
+                let set = self.cpu.set_sys_reg(SysReg::CNTV_CVAL_EL0, at);
+                set.map_err(|code| self.refused("setting", "CNTV_CVAL_EL0".to_owned(), code))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// When the virtual timer fires or has fired, in ticks of the counter, if it may.
+    fn timer(&self) -> Result<Option<u64>, HvfError> {
         let read = |reg| {
             self.cpu
                 .get_sys_reg(reg)
                 .map_err(|code| self.refused("reading", format!("{reg:?}"), code))
         };
-        let (control, at) = (read(SysReg::CNTV_CTL_EL0)?, read(SysReg::CNTV_CVAL_EL0)?);
+        let control = read(SysReg::CNTV_CTL_EL0)?;
         if control & (TIMER_ENABLE | TIMER_MASKED) != TIMER_ENABLE {
             return Ok(None);
         }
+        Ok(Some(read(SysReg::CNTV_CVAL_EL0)?))
+    }
+
+    /// How long it is until the virtual timer fires, if it does.
+    fn until_timer(&self) -> Result<Option<Duration>, HvfError> {
+        let Some(at) = self.timer()? else { return Ok(None) };
         let counter = &self.machine.counter;
         let left = at.saturating_sub(counter.now());
         let nanos = u128::from(left) * 1_000_000_000 / u128::from(counter.frequency());
@@ -322,6 +364,7 @@ impl Vcpu for HvfVcpu {
             match exit.reason {
                 ExitReason::CANCELED => {
                     self.kicked.store(false, Ordering::SeqCst);
+                    self.rearm_timer()?;
                     return Ok(Exit::Cancelled);
                 }
                 ExitReason::EXCEPTION => {
@@ -330,10 +373,7 @@ impl Vcpu for HvfVcpu {
                     }
                 }
                 // The framework's interrupt controller has seen the timer too; it was only masked.
-                ExitReason::VTIMER_ACTIVATED => self
-                    .cpu
-                    .set_vtimer_mask(false)
-                    .doing(|| format!("unmasking the timer of vCPU {}", self.index))?,
+                ExitReason::VTIMER_ACTIVATED => self.unmask_timer()?,
                 ExitReason::UNKNOWN => return Ok(self.unexpected(exit)?),
             }
         }
@@ -366,6 +406,7 @@ impl Vcpu for HvfVcpu {
         self.loading = None;
         let mut state = VcpuState { pc, pstate: RESET_PSTATE, ..self.reset.clone() };
         state.x[0] = x0;
+        state::shift_physical_timer(&mut state, self.offset.unwrap_or(0));
         Ok(self.layout.write(&self.cpu, &state)?)
     }
 
@@ -379,7 +420,9 @@ impl Vcpu for HvfVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, HypervisorError> {
-        Ok(self.layout.read(&self.cpu)?)
+        let mut state = self.layout.read(&self.cpu)?;
+        state::shift_physical_timer(&mut state, self.offset.unwrap_or(0).wrapping_neg());
+        Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HypervisorError> {
@@ -387,7 +430,9 @@ impl Vcpu for HvfVcpu {
         let before = self.layout.read(&self.cpu)?;
         // A timer that is set fires by the counter as the framework knows it then.
         self.set_offset()?;
-        if let Err(error) = self.layout.write(&self.cpu, state) {
+        let mut here = state.clone();
+        state::shift_physical_timer(&mut here, self.offset.unwrap_or(0));
+        if let Err(error) = self.layout.write(&self.cpu, &here) {
             if let Err(again) = self.layout.write(&self.cpu, &before) {
                 tracing::warn!("vCPU {} keeps a part of the state: {again}", self.index);
             }

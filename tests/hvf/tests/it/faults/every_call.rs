@@ -184,10 +184,14 @@ fn a_machine_whose_call_fails_while_it_runs_ends_and_says_at_what() {
     power_off(&machine).unwrap();
     drop(machine);
     assert!(found.len() >= 7, "{found:?}");
+    // It is only made where a timer was due in the moment of the pause.
+    let found = found.into_iter().filter(|(call, _)| *call != "hv_vcpu_set_sys_reg");
     for (call, times) in found {
+        // Those are made when a vCPU is called out.
+        let when_called = ["hv_vcpu_set_vtimer_mask", "hv_vcpu_get_sys_reg"].contains(&call);
         for code in CODES {
             // What recurs for ever also fails later.
-            let later = if times > 20 { somewhere(times, (call, code)) } else { 0 };
+            let later = if times > 20 && !when_called { somewhere(times, (call, code)) } else { 0 };
             for after in if later > 0 { vec![0, later] } else { vec![0] } {
                 let machine = there();
                 if call == "hv_vm_protect" {
@@ -199,6 +203,8 @@ fn a_machine_whose_call_fails_while_it_runs_ends_and_says_at_what() {
                 let frozen = machine.freeze(1 << 30).unwrap();
                 session.inject(call, after, code);
                 machine.resume().unwrap();
+                // A vCPU that is outside just then comes without being called.
+                while when_called && machine.pause(PATIENCE).is_ok() && machine.resume().is_ok() {}
                 assert_crashed(machine.wait_timeout(PATIENCE), call, code);
                 session.heal();
                 drop((frozen, machine));

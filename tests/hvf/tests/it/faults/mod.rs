@@ -75,6 +75,10 @@ fn says(call: &str) -> &'static [&'static str] {
         | "hv_vcpu_set_simd_fp_reg"
         | "hv_gic_set_icc_reg" => &["vCPU 0", "setting "],
         "hv_vcpu_set_vtimer_offset" => &["setting the counter's offset of vCPU 0"],
+        "hv_vcpu_set_trap_debug_exceptions" | "hv_vcpu_set_trap_debug_reg_accesses" => {
+            &["leaving debugging to the guest of vCPU 0"]
+        }
+        "hv_vcpu_set_vtimer_mask" => &["unmasking the timer of vCPU 0"],
         "hv_vcpu_run" => &["running vCPU 0"],
         "hv_vm_map" => &["mapping ", " bytes of RAM at 0x8"],
         "hv_vm_protect" => &["protecting ", " bytes of RAM at 0x8"],

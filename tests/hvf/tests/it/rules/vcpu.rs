@@ -182,7 +182,7 @@ fn registers_that_the_framework_does_not_have_are_refused() {
         fn hv_vcpu_get_sys_reg(vcpu: hv_vcpu_t, reg: u32, value: *mut u64) -> hv_return_t;
         fn hv_vcpu_set_sys_reg(vcpu: hv_vcpu_t, reg: u32, value: u64) -> hv_return_t;
     }
-    let session = Session::begin_on(SHOWS_WFI);
+    let session = Session::begin_on(Host { physical_timer: false, ..SHOWS_WFI });
     let raw = Raw::new(&[0xd503_207f]);
     let refused = [
         ("PMCR_EL0", 0xdce0),
