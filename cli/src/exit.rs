@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::output::plain;
+
 /// The exit codes of `squib`. They are part of the command line's contract, listed in `squib help`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
@@ -86,7 +88,7 @@ impl fmt::Display for Failure {
                 said.push_str(&cause);
             }
         }
-        f.write_str(&said)
+        f.write_str(&plain(&said))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What commands show: progress on a terminal only, numbers for people, JSON for machines.
 
 use std::{
+    borrow::Cow,
     io::{self, Write},
     time::Duration,
 };
@@ -103,6 +104,22 @@ impl Drop for ByteBar {
     }
 }
 
+/// Text that may come from a file, without what a terminal would take as a command. Lines stay.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    let is_plain = |c: char| c == '\n' || c == '\t' || !c.is_control();
+    if text.chars().all(is_plain) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |c: char| if is_plain(c) { c.to_string() } else { c.escape_default().to_string() };
+    Cow::Owned(text.chars().map(escape).collect())
+}
+
+/// `println!`, but [`plain`].
+macro_rules! line {
+    ($($what:tt)*) => { println!("{}", $crate::output::plain(&format!($($what)*))) };
+}
+pub(crate) use line;
+
 /// Writes `value` as indented JSON, in one line a field.
 pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
     let mut out = io::stdout().lock();
@@ -138,6 +155,12 @@ pub(crate) fn ms(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_escaped() {
+        assert_eq!(plain("a\tb\nc é"), "a\tb\nc é");
+        assert_eq!(plain("\u{1b}[2Jx\u{9b}"), "\\u{1b}[2Jx\\u{9b}");
+    }
 
     #[test]
     fn bytes_are_shown_in_the_unit_that_fits() {

@@ -13,6 +13,11 @@ impl Manifest {
             ("sections", self.sections.len()),
             ("files", self.files.len()),
             ("disks", self.machine.disks.len()),
+            ("ID registers", self.cpu.id_registers.len()),
+            (
+                "unreadable registers",
+                self.host_backend.as_ref().map_or(0, |host| host.unreadable.len()),
+            ),
         ];
         for (name, len) in lists {
             if len > MAX_RECORDS {
@@ -169,7 +174,7 @@ impl Manifest {
     }
 
     fn check_cpu(&self) -> Result<(), FormatError> {
-        let Self { cpu, host_backend, .. } = self;
+        let Self { machine, cpu, host_backend, .. } = self;
         let ascending = |what: &str, registers: &[u16]| match registers
             .windows(2)
             .all(|pair| pair[0] < pair[1])
@@ -179,11 +184,18 @@ impl Manifest {
         };
         let registers: Vec<u16> = cpu.id_registers.iter().map(|(register, _)| *register).collect();
         ascending("ID registers", &registers)?;
-        match host_backend {
-            Some(HostBackend { build: _, unreadable }) => {
-                ascending("unreadable registers", unreadable)
-            }
-            None => Ok(()),
+        let Some(HostBackend { build, unreadable }) = host_backend else { return Ok(()) };
+        if machine.backend == "soft" {
+            return Err(field(
+                "host backend",
+                "the backend is soft, which has no part of the host",
+            ));
         }
+        // It is shown to people, and nothing that an operating system has is longer.
+        if build.len() > MAX_BUILD || !build.bytes().all(|byte| byte.is_ascii_graphic()) {
+            let why = format!("`{}` is none", build.escape_debug());
+            return Err(field("host build", why));
+        }
+        ascending("unreadable registers", unreadable)
     }
 }

@@ -28,6 +28,8 @@ pub const WORKING_SET_FILE: &str = "working-set";
 pub const MEMORY_IMAGE: &str = "memory";
 /// Longest hint at the parent's place, in bytes.
 pub const MAX_HINT: usize = 4096;
+/// Longest build of an operating system, in bytes.
+pub const MAX_BUILD: usize = 64;
 /// Most sections, files, images and disks, each.
 pub const MAX_RECORDS: usize = 4096;
 

@@ -158,9 +158,12 @@ fn raw_files_that_do_not_fit_their_image_are_refused_by_name() {
     }
 }
 
-/// What a backend of the host's says.
-fn host_backend() -> HostBackend {
-    HostBackend { build: "24A335".into(), unreadable: vec![0xdf11, 0xdf12] }
+/// The manifest as one of a backend that is a part of the host's system.
+fn of_host(mut manifest: Manifest) -> Manifest {
+    manifest.machine.backend = "hvf".into();
+    let unreadable = vec![0xdf11, 0xdf12];
+    manifest.host_backend = Some(HostBackend { build: "24A335".into(), unreadable });
+    manifest
 }
 
 #[test]
@@ -168,7 +171,7 @@ fn what_a_backend_says_of_the_host_is_of_format_1_3_whatever_else_there_is() {
     let diff =
         Manifest { parent: Some(Digest([1; 32])), parent_hint: Some("/a".into()), ..sample() };
     for without in [sample(), raw_sample(), diff] {
-        let manifest = Manifest { host_backend: Some(host_backend()), ..without.clone() };
+        let manifest = of_host(without.clone());
         assert_eq!(manifest.minor(), 3);
         let body = manifest.encode().unwrap();
         assert_eq!(Manifest::decode(3, &body).unwrap(), manifest);
@@ -177,14 +180,24 @@ fn what_a_backend_says_of_the_host_is_of_format_1_3_whatever_else_there_is() {
         }
         assert!(Manifest::decode(3, &without.encode().unwrap()).is_err());
     }
-    let mut unsorted = Manifest { host_backend: Some(host_backend()), ..sample() };
-    unsorted.host_backend.as_mut().unwrap().unreadable.reverse();
-    assert!(unsorted.encode().unwrap_err().to_string().contains("unreadable registers"));
+    type Change = fn(&mut Manifest);
+    let cases: [(&str, Change); 4] = [
+        ("unreadable registers", |m| m.host_backend.as_mut().unwrap().unreadable.reverse()),
+        ("host build", |m| m.host_backend.as_mut().unwrap().build = "24\u{1b}[2J".into()),
+        ("host build", |m| m.host_backend.as_mut().unwrap().build = "2".repeat(MAX_BUILD + 1)),
+        ("the backend is soft", |m| m.machine.backend = "soft".into()),
+    ];
+    for (expected, change) in cases {
+        let mut manifest = of_host(sample());
+        change(&mut manifest);
+        let text = manifest.encode().expect_err(expected).to_string();
+        assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+    }
 }
 
 #[test]
 fn a_truncated_or_damaged_body_is_refused_or_fits_together() {
-    let with_host = Manifest { host_backend: Some(host_backend()), ..sample() };
+    let with_host = of_host(sample());
     for manifest in [sample(), raw_sample(), with_host] {
         any_damage_is_refused_or_fits_together(&manifest);
     }

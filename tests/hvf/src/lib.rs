@@ -2,7 +2,7 @@
 //! is not, on the software CPU and the GICv3 model. With it the hvf backend is linked and run, unmodified, on
 //! any host.
 //!
-//! It is stricter than the framework: what the framework forbids, and what it would bear but no backend
+//! It is strict: what the framework forbids, and what it would bear but no backend
 //! should do, is a [violation](Session::violations) that fails the test. Calls fail, vCPUs leave the guest
 //! and aborts are described otherwise [when told to](Session::inject), and [hosts](Host) differ.
 //!

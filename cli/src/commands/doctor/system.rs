@@ -143,8 +143,7 @@ mod macos {
         let name = "macOS";
         match value("kern.osproductversion") {
             Some(version) if major(&version).is_some_and(|major| major < LEAST) => {
-                Property::missing(name, version)
-                    .advice(format!("the hvf backend needs macOS {LEAST}; soft does not"))
+                Property::missing(name, version).advice(format!("squib needs macOS {LEAST}"))
             }
             Some(version) => Property::ok(name, version),
             None => Property::note(name, "the version cannot be told"),

@@ -12,7 +12,7 @@ use crate::{
     events,
     exit::{Code, Result, WithCode},
     home::Home,
-    output::{ByteBar, print_json},
+    output::{ByteBar, line, print_json},
 };
 
 pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
@@ -48,9 +48,9 @@ pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
 fn show(report: &Report) {
     let Report { path, id, accepted, lines } = report;
     let width = lines.iter().map(|line| line.what.len()).max().unwrap_or(0);
-    println!("snapshot  {}", path.display());
+    line!("snapshot  {}", path.display());
     if let Some(id) = id {
-        println!("id        {id}");
+        line!("id        {id}");
     }
     for Line { what, verdict, found, advice } in lines {
         let verdict = match verdict {
@@ -59,9 +59,9 @@ fn show(report: &Report) {
             Verdict::Missing => "missing",
             Verdict::Unsure => "unsure",
         };
-        println!("{verdict:<8}  {what:<width$}  {found}");
+        line!("{verdict:<8}  {what:<width$}  {found}");
         if let Some(advice) = advice {
-            println!("{:<8}  {:<width$}  -> {advice}", "", "");
+            line!("{:<8}  {:<width$}  -> {advice}", "", "");
         }
     }
     let count =
@@ -69,9 +69,9 @@ fn show(report: &Report) {
     let wrong = count(&[Verdict::Differs, Verdict::Missing]);
     match accepted {
         true if count(&[Verdict::Unsure]) > 0 => {
-            println!("a restore would be tried: nothing is known to stand in its way");
+            line!("a restore would be tried: nothing is known to stand in its way");
         }
-        true => println!("a restore would be accepted"),
-        false => println!("a restore would be refused: {wrong} of {} lines", lines.len()),
+        true => line!("a restore would be accepted"),
+        false => line!("a restore would be refused: {wrong} of {} lines", lines.len()),
     }
 }

@@ -12,7 +12,7 @@ use squib_snapshot::inspect::{
 use crate::{
     args::InspectArgs,
     exit::{Code, Failure, Result, WithCode},
-    output::{bytes, print_json},
+    output::{bytes, line, print_json},
 };
 
 pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
@@ -21,8 +21,8 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<Code> {
         Err(error @ FormatError::Format { .. }) => {
             // What any build can tell of any snapshot.
             let header = Snapshot::peek(&args.dir).code(Code::Snapshot)?;
-            println!("format    {}.{}, {}", header.major, header.minor, header.arch_text());
-            println!("writer    squib {}", header.writer_text());
+            line!("format    {}.{}, {}", header.major, header.minor, header.arch_text());
+            line!("writer    squib {}", header.writer_text());
             return Err(Failure::new(Code::Snapshot, error));
         }
         Err(error) => return Err(Failure::new(Code::Snapshot, error)),
@@ -50,28 +50,28 @@ fn show(inspection: &Inspection) {
         manifest,
     } = inspection;
     let machine = &manifest.machine;
-    println!("id        {id}");
-    println!("format    {format}, {arch}, {}", bytes(*stored));
-    println!("created   {} by {}", utc(manifest.created), manifest.writer);
-    println!("host      {}", manifest.host);
+    line!("id        {id}");
+    line!("format    {format}, {arch}, {}", bytes(*stored));
+    line!("created   {} by {}", utc(manifest.created), manifest.writer);
+    line!("host      {}", manifest.host);
     if let Some(HostBackendInspection { build, unreadable }) = host_backend {
-        println!("build     {build}, which may be the only one that takes this state");
+        line!("build     {build}, which may be the only one that takes this state");
         if !unreadable.is_empty() {
-            println!("without   {}, which that host does not tell", unreadable.join(", "));
+            line!("without   {}, which that host does not tell", unreadable.join(", "));
         }
     }
     if let Some(parent) = manifest.parent {
         match (chain, parent_hint) {
             (Some(chain), _) => {
                 for link in chain {
-                    println!("parent    {} at {}", link.id, link.path.display());
+                    line!("parent    {} at {}", link.id, link.path.display());
                 }
             }
-            (None, Some(hint)) => println!("parent    {parent}, not found; it was at {hint}"),
-            (None, None) => println!("parent    {parent}, not found"),
+            (None, Some(hint)) => line!("parent    {parent}, not found; it was at {hint}"),
+            (None, None) => line!("parent    {parent}, not found"),
         }
     }
-    println!(
+    line!(
         "machine   {}: {}, {} vCPU(s), {}{}",
         machine.name,
         bytes(machine.memory_size),
@@ -79,19 +79,19 @@ fn show(inspection: &Inspection) {
         machine.backend,
         if machine.deterministic.is_some() { ", deterministic" } else { "" }
     );
-    println!("kernel    {}", machine.kernel);
+    line!("kernel    {}", machine.kernel);
     if let Some(initrd) = &machine.initrd {
-        println!("initrd    {initrd}");
+        line!("initrd    {initrd}");
     }
-    println!("cmdline   {}", machine.cmdline);
+    line!("cmdline   {}", machine.cmdline);
     for DiskRecord { id, path, size, read_only, storage, digest } in &machine.disks {
         let place = match storage {
             DiskStorage::Captured => "captured from",
             DiskStorage::Reference => "stays at",
         };
         let read_only = if *read_only { ", read-only" } else { "" };
-        println!("disk      {id}: {}{read_only}, {place} {path}", bytes(*size));
-        println!("          {digest}");
+        line!("disk      {id}: {}{read_only}, {place} {path}", bytes(*size));
+        line!("          {digest}");
     }
     for image in images {
         let ImageInspection {
@@ -112,7 +112,7 @@ fn show(inspection: &Inspection) {
             0 => String::new(),
             _ => format!(", {raw_chunks} in the raw file"),
         };
-        println!(
+        line!(
             "image     {}: {} in {}; {chunks} chunks of {}, {zero_chunks} zero, \
              {duplicate_chunks} duplicate{raw}{diff}",
             record.name,
@@ -120,10 +120,10 @@ fn show(inspection: &Inspection) {
             bytes(*stored),
             bytes(record.chunk_size.into())
         );
-        println!("          {}", record.digest);
+        line!("          {}", record.digest);
     }
     for section in &manifest.sections {
-        println!(
+        line!(
             "section   {} {} (version {}): {}",
             section.kind,
             section.instance,
