@@ -398,7 +398,11 @@ impl Local {
                     return self.trap(decode::syndrome(SMC, imm.into()), 0);
                 }
                 // With its own interrupt controller the framework sleeps itself.
-                Exit::Wfi if !host().shows_wfi => self.sleep(),
+                Exit::Wfi if !host().shows_wfi => {
+                    self.entry.asleep.store(true, Ordering::SeqCst);
+                    self.sleep();
+                    self.entry.asleep.store(false, Ordering::SeqCst);
+                }
                 Exit::Wfi => {
                     self.carried_out(at);
                     // Whether to sleep is the caller's affair: a guest that runs again has been woken.

@@ -23,6 +23,8 @@ pub struct Host {
     pub shows_wfi: bool,
     /// The guest's physical timer can be read and set; its value is by the host's counter.
     pub physical_timer: bool,
+    /// One call changes or unmaps memory that several have mapped.
+    pub spans: bool,
     /// Nanoseconds of one tick as numerator and denominator; none if the host does not say.
     pub timebase: Option<(u32, u32)>,
     /// The interrupt controller.
@@ -64,6 +66,7 @@ impl Host {
         timer_exits: false,
         shows_wfi: false,
         physical_timer: true,
+        spans: true,
         timebase: Some((1, 1)),
         gic: Geometry {
             distributor_size: 0x1_0000,

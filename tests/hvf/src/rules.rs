@@ -17,6 +17,7 @@ static SESSION: Mutex<()> = Mutex::new(());
 static LOG: Mutex<Log> = Mutex::new(Log::NONE);
 static CANCEL_EVERY: AtomicU32 = AtomicU32::new(0);
 static RUNS: AtomicU32 = AtomicU32::new(0);
+static LOSES: AtomicU32 = AtomicU32::new(0);
 static REPORT: Mutex<Option<Report>> = Mutex::new(None);
 static WALK: Mutex<Option<Walk>> = Mutex::new(None);
 static WALKS: AtomicU32 = AtomicU32::new(0);
@@ -152,6 +153,16 @@ impl Session {
         *EXITS.lock() = Some((times, exit));
     }
 
+    /// Lets the next `n` calls out of the guest be lost on a vCPU that sleeps there, as when they meet another exit.
+    pub fn lose_exits(&self, n: u32) {
+        LOSES.store(n, Ordering::SeqCst);
+    }
+
+    /// How many of them have not been made yet.
+    pub fn exits_to_lose(&self) -> u32 {
+        LOSES.load(Ordering::SeqCst)
+    }
+
     /// How often each call was made since the session began.
     pub fn calls(&self) -> BTreeMap<&'static str, u32> {
         LOG.lock().calls.clone()
@@ -170,6 +181,7 @@ impl Session {
     fn clear(&self) {
         *LOG.lock() = Log::NONE;
         CANCEL_EVERY.store(0, Ordering::SeqCst);
+        LOSES.store(0, Ordering::SeqCst);
         system::reset();
         time::reset();
         *REPORT.lock() = None;
@@ -236,6 +248,11 @@ pub(crate) const BAD_ARGUMENT: hv_return_t = hv_error_t::HV_BAD_ARGUMENT as hv_r
 pub(crate) fn cancel_this_run() -> bool {
     let every = CANCEL_EVERY.load(Ordering::SeqCst);
     every > 0 && RUNS.fetch_add(1, Ordering::SeqCst) % every == every - 1
+}
+
+/// Whether this call out of the guest is to be lost.
+pub(crate) fn lose_exit() -> bool {
+    LOSES.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
 }
 
 /// How this run is to end before it begins, if it is.

@@ -17,7 +17,7 @@ use squib_soft::Signals;
 use crate::{
     cpu::{self, Local},
     object::Object,
-    rules::{Answer, begin, code, give, has_failed, violation},
+    rules::{self, Answer, begin, code, give, has_failed, violation},
     vm,
 };
 
@@ -60,6 +60,8 @@ pub(crate) struct Entry {
     pub(crate) order: u64,
     pub(crate) running: AtomicBool,
     pub(crate) exit_requested: AtomicBool,
+    /// In a WFI in the guest.
+    pub(crate) asleep: AtomicBool,
     signals: Mutex<Option<Arc<Signals>>>,
 }
 
@@ -85,6 +87,9 @@ impl Entry {
     }
 
     fn request_exit(&self) {
+        if self.asleep.load(Ordering::SeqCst) && rules::lose_exit() {
+            return;
+        }
         self.exit_requested.store(true, Ordering::SeqCst);
         if let Some(signals) = &*self.signals.lock() {
             signals.kick();

@@ -35,6 +35,9 @@ pub(crate) struct Vm {
     ipa_bits: u32,
     /// What vCPUs may do with each page of the window.
     access: Arc<[AtomicU8]>,
+    /// Which call has mapped each page.
+    mapped_by: Vec<u32>,
+    maps: u32,
     /// Host address less guest-physical address, the same for all mappings.
     delta: Option<u64>,
     /// What the vCPUs share, and whether it knows where RAM is.
@@ -141,6 +144,8 @@ impl Vm {
         if matches!(self.shared, Some((_, false))) {
             self.shared = None;
         }
+        self.maps += 1;
+        self.mapped_by[pages.clone()].fill(self.maps);
         self.access[pages].iter().for_each(|page| page.store(rights, Ordering::SeqCst));
         Ok(())
     }
@@ -148,9 +153,13 @@ impl Vm {
     fn change(&mut self, what: &str, ipa: u64, size: usize, rights: u8) -> Answer {
         let pages = self.pages(what, ipa, size)?;
         let before = |page: &AtomicU8| page.load(Ordering::SeqCst);
+        let mapped_by = &self.mapped_by[pages.clone()];
         let pages = &self.access[pages];
         if pages.iter().any(|page| before(page) == 0) {
             return Err(violation(format!("{what} at {ipa:#x}: nothing is mapped there")));
+        }
+        if !host().spans && mapped_by.iter().any(|by| *by != mapped_by[0]) {
+            return Err(BAD_ARGUMENT);
         }
         let takes_away = pages.iter().any(|page| before(page) & !rights != 0);
         // Where vCPUs cannot be called there is nothing else to make them leave.
@@ -248,6 +257,8 @@ unsafe extern "C" fn hv_vm_create(config: *mut c_void) -> hv::hv_return_t {
         *vm = Some(Vm {
             ipa_bits,
             access: (0..pages).map(|_| AtomicU8::new(0)).collect(),
+            mapped_by: vec![0; pages as usize],
+            maps: 0,
             delta: None,
             shared: None,
             counter: Arc::new(time::new_counter()),

@@ -2,7 +2,7 @@
 
 use squib_hvf_stand_in::{Geometry, Host, Session};
 use squib_snapshot::{
-    capture::capture,
+    capture::{CaptureOptions, capture},
     restore::{MemoryLoad, RestoreError},
 };
 use squib_tests::console::Capture;
@@ -208,4 +208,26 @@ fn a_timer_that_leaves_the_guest_and_is_masked_then_goes_on_ticking() {
     let session = Session::begin_on(on(|host| host.timer_exits = true));
     lives_on(&session);
     assert!(session.calls()["hv_vcpu_set_vtimer_mask"] > 2);
+}
+
+#[test]
+fn where_no_call_changes_what_several_have_mapped_captures_and_restores_do_all_the_same() {
+    let session = Session::begin_on(on(|host| host.spans = false));
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (machine, _) = begun(folder.path());
+    capture(&machine, &at("base"), &options()).unwrap();
+    drop(machine);
+    let console = Capture::default();
+    // Each granule comes by a call of its own.
+    let there = back(&at("base"), &at("disks"), MemoryLoad::Record, &console).unwrap().machine;
+    there.resume().unwrap();
+    lines(&there, &console, 2).unwrap();
+    capture(&there, &at("live"), &CaptureOptions { live: true, ..options() }).unwrap();
+    lines(&there, &console, 2).unwrap();
+    drop(there);
+    assert_eq!(session.violations(), Vec::<String>::new());
+    let there = back(&at("live"), &at("again"), MemoryLoad::Lazy, &console).unwrap().machine;
+    there.resume().unwrap();
+    lines(&there, &console, 2).unwrap();
 }

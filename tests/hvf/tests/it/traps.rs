@@ -1,7 +1,7 @@
 //! What leaves the guest. Which registers the framework does not trap but leaves undefined, and whether it shows
 //! a WFI, is its own affair.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::{
     Session,
@@ -70,4 +70,21 @@ fn a_wfi_that_leaves_the_guest_waits_outside() {
     machine.resume().unwrap();
     wait(&machine, &console, |text| field(text, "t").is_some_and(|ticks| ticks > 2)).unwrap();
     power_off(&machine).unwrap();
+}
+
+#[test]
+fn a_guest_that_sleeps_is_paused_although_it_is_not_called_out_at_once() {
+    let session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    let machine = bare(folder.path(), &SLEEPER);
+    for round in 0..5 {
+        session.lose_exits(2);
+        let start = Instant::now();
+        // The first pause may come before it sleeps.
+        while session.exits_to_lose() > 0 {
+            machine.pause(Duration::from_secs(2)).unwrap();
+            machine.resume().unwrap();
+            assert!(start.elapsed() < PATIENCE, "round {round}");
+        }
+    }
 }
