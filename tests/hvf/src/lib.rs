@@ -15,6 +15,7 @@ mod decode;
 mod gic;
 mod host;
 mod object;
+mod registers;
 mod rules;
 mod system;
 mod time;

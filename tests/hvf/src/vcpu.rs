@@ -15,8 +15,9 @@ use parking_lot::Mutex;
 use squib_soft::Signals;
 
 use crate::{
-    cpu::{self, Local},
+    cpu::Local,
     object::Object,
+    registers,
     rules::{self, Answer, begin, code, give, has_failed, violation},
     vm,
 };
@@ -211,7 +212,7 @@ unsafe extern "C" fn hv_vcpu_config_get_feature_reg(
         F::CLIDR_EL1 => 0xc801,
         F::DCZID_EL0 => 0xd807,
     };
-    let found = cpu::id_register(register).unwrap_or(0);
+    let found = registers::id_register(register).unwrap_or(0);
     // SAFETY: the caller gives a place for the answer.
     unsafe { give("hv_vcpu_config_get_feature_reg", value, || Ok(found)) }
 }

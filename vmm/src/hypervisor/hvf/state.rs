@@ -234,6 +234,20 @@ pub(super) fn shift_physical_timer(state: &mut VcpuState, ticks: u64) {
     }
 }
 
+/// Puts what `change` makes of CNTV_CTL_EL0 into its place, and answers what was there, if it is a part of the
+/// state.
+pub(super) fn replace_timer_control(
+    state: &mut VcpuState,
+    change: impl FnOnce(u64) -> u64,
+) -> Option<u64> {
+    const CONTROL: u16 = SysReg::CNTV_CTL_EL0 as u16;
+    let at = state.sysregs.binary_search_by_key(&CONTROL, |(encoding, _)| *encoding).ok()?;
+    let value = &mut state.sysregs[at].1;
+    let before = *value;
+    *value = change(before);
+    Some(before)
+}
+
 /// Whether a guest does not go on without the register.
 fn needed(encoding: u16) -> bool {
     NEEDED.iter().any(|reg| *reg as u16 == encoding)

@@ -51,6 +51,8 @@ pub(super) struct HvfVcpu {
     reset: VcpuState,
     /// The virtual timer's offset that the framework knows.
     offset: Option<u64>,
+    /// CNTV_CTL_EL0 of a restored state, until the first run.
+    timer_control: Option<u64>,
     /// The last exit, if it was a fault in RAM.
     fault: Option<RamFault>,
     /// The load that waits for its value.
@@ -113,6 +115,7 @@ impl HvfVcpu {
             layout,
             reset,
             offset: None,
+            timer_control: None,
             fault: None,
             loading: None,
             reported: HashSet::new(),
@@ -349,6 +352,10 @@ impl Vcpu for HvfVcpu {
     fn run(&mut self, _limit: Option<u64>) -> Result<Exit, HypervisorError> {
         self.machine.stage2.begin()?;
         self.set_offset()?;
+        if let Some(control) = self.timer_control.take() {
+            let set = self.cpu.set_sys_reg(SysReg::CNTV_CTL_EL0, control);
+            set.map_err(|code| self.refused("setting", "CNTV_CTL_EL0".to_owned(), code))?;
+        }
         loop {
             if let Some(error) = self.machine.lost.lock().take() {
                 return Err(error.into());
@@ -404,6 +411,7 @@ impl Vcpu for HvfVcpu {
 
     fn start(&mut self, pc: u64, x0: u64) -> Result<(), HypervisorError> {
         self.loading = None;
+        self.timer_control = None;
         let mut state = VcpuState { pc, pstate: RESET_PSTATE, ..self.reset.clone() };
         state.x[0] = x0;
         state::shift_physical_timer(&mut state, self.offset.unwrap_or(0));
@@ -422,16 +430,21 @@ impl Vcpu for HvfVcpu {
     fn save(&mut self) -> Result<VcpuState, HypervisorError> {
         let mut state = self.layout.read(&self.cpu)?;
         state::shift_physical_timer(&mut state, self.offset.unwrap_or(0).wrapping_neg());
+        if let Some(control) = self.timer_control {
+            state::replace_timer_control(&mut state, |_| control);
+        }
         Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HypervisorError> {
         state::check(state, &self.reset)?;
         let before = self.layout.read(&self.cpu)?;
-        // A timer that is set fires by the counter as the framework knows it then.
         self.set_offset()?;
         let mut here = state.clone();
         state::shift_physical_timer(&mut here, self.offset.unwrap_or(0));
+        // In the framework the counter runs before the guest does, for hours if that waits in a pool: the timer is
+        // switched on when the guest's time goes on.
+        let control = state::replace_timer_control(&mut here, |control| control & !TIMER_ENABLE);
         if let Err(error) = self.layout.write(&self.cpu, &here) {
             if let Err(again) = self.layout.write(&self.cpu, &before) {
                 tracing::warn!("vCPU {} keeps a part of the state: {again}", self.index);
@@ -439,6 +452,7 @@ impl Vcpu for HvfVcpu {
             return Err(error.into());
         }
         self.loading = None;
+        self.timer_control = control;
         Ok(())
     }
 }
