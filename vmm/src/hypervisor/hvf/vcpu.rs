@@ -29,7 +29,7 @@ const MPIDR_RES1: u64 = 1 << 31;
 /// CNTV_CTL_EL0: ENABLE and IMASK.
 const TIMER_ENABLE: u64 = 1 << 0;
 const TIMER_MASKED: u64 = 1 << 1;
-/// CNTPCT_EL0 and CNTPCTSS_EL0, which show what CNTVCT_EL0 shows: a guest must not see how long it was away.
+/// CNTPCT_EL0 and CNTPCTSS_EL0: the host's counter, by which the physical timer fires.
 const CNTPCT: u16 = 0xdf01;
 const CNTPCTSS: u16 = 0xdf05;
 const INSTRUCTION: u64 = 4;
@@ -281,7 +281,7 @@ impl HvfVcpu {
             tracing::debug!(vcpu = self.index, "{name} is trapped: zero when read, else ignored");
         }
         if read {
-            let value = if is_counter { self.machine.counter.now() } else { 0 };
+            let value = if is_counter { sys::host_ticks() } else { 0 };
             self.set_general(register, value)?;
         }
         self.advance()
