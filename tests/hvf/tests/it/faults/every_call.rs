@@ -1,7 +1,7 @@
 //! Every call of a boot, a capture, a restore and a running machine fails with every code, when it is first
 //! made and somewhere later.
 
-use std::time::Instant;
+use std::{path::PathBuf, time::Instant};
 
 use squib_hvf_stand_in::Session;
 use squib_snapshot::{
@@ -10,6 +10,7 @@ use squib_snapshot::{
 };
 use squib_tests::console::Capture;
 use squib_vmm::machine::{Machine, RunState};
+use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{CODES, assert_crashed, assert_framework, calls, files, somewhere};
@@ -17,6 +18,21 @@ use crate::{
     common::{PATIENCE, kernel, lines, power_off, tiny},
     snapshots::{back, begun, options},
 };
+
+/// A snapshot of a machine that has printed some lines, and a place for its disks.
+struct Saved {
+    snapshot: PathBuf,
+    disks: PathBuf,
+    _folder: TempDir,
+}
+
+fn saved() -> Saved {
+    let folder = tempfile::tempdir().unwrap();
+    let (snapshot, disks) = (folder.path().join("snapshot"), folder.path().join("disks"));
+    let (machine, _) = begun(folder.path());
+    capture(&machine, &snapshot, &options()).unwrap();
+    Saved { snapshot, disks, _folder: folder }
+}
 
 #[test]
 fn a_boot_that_fails_says_at_what_and_leaves_no_virtual_machine() {
@@ -120,11 +136,7 @@ fn a_capture_that_fails_says_at_what_and_leaves_guest_and_folder_as_they_were() 
 #[test]
 fn a_restore_that_fails_says_at_what_and_leaves_the_snapshot_and_no_disk() {
     let session = Session::begin();
-    let folder = tempfile::tempdir().unwrap();
-    let (snapshot, disks) = (folder.path().join("snapshot"), folder.path().join("disks"));
-    let (machine, _) = begun(folder.path());
-    capture(&machine, &snapshot, &options()).unwrap();
-    drop(machine);
+    let Saved { snapshot, disks, _folder } = saved();
     let before = files(&snapshot);
     let restore = |memory| back(&snapshot, &disks, memory, &Capture::default());
     let remove = || std::fs::remove_dir_all(&disks).unwrap();
@@ -158,11 +170,7 @@ fn a_restore_that_fails_says_at_what_and_leaves_the_snapshot_and_no_disk() {
 #[test]
 fn a_machine_whose_call_fails_while_it_runs_ends_and_says_at_what() {
     let session = Session::begin();
-    let folder = tempfile::tempdir().unwrap();
-    let (snapshot, disks) = (folder.path().join("snapshot"), folder.path().join("disks"));
-    let (machine, _) = begun(folder.path());
-    capture(&machine, &snapshot, &options()).unwrap();
-    drop(machine);
+    let Saved { snapshot, disks, _folder } = saved();
 
     let console = Capture::default();
     // Memory comes by faults, and each first write is met.
@@ -218,11 +226,7 @@ fn a_machine_whose_call_fails_while_it_runs_ends_and_says_at_what() {
 #[test]
 fn memory_that_could_be_mapped_only_in_part_is_taken_back() {
     let session = Session::begin();
-    let folder = tempfile::tempdir().unwrap();
-    let (snapshot, disks) = (folder.path().join("snapshot"), folder.path().join("disks"));
-    let (machine, _) = begun(folder.path());
-    capture(&machine, &snapshot, &options()).unwrap();
-    drop(machine);
+    let Saved { snapshot, disks, _folder } = saved();
     for code in CODES {
         let there = back(&snapshot, &disks, MemoryLoad::Record, &Capture::default()).unwrap();
         std::fs::remove_dir_all(&disks).unwrap();
