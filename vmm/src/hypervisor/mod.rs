@@ -14,69 +14,59 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use squib_devices::{
-    device::MachineDevice,
-    granules::Unavailable,
-    irq::IrqChip,
-    map::{MAX_VCPUS, Range},
-    memory::GuestRam,
+    device::MachineDevice, granules::Unavailable, irq::IrqChip, map::Range, memory::GuestRam,
 };
 use squib_formats::persist::{PersistError, Section};
 
 pub use soft::SoftVm;
 pub use state::{ExclusiveMonitor, HvfGicState, VcpuState};
 
-use crate::config::{BackendKind, MEMORY_MAX, MachineConfig};
+use crate::config::{BackendKind, MachineConfig};
 
 /// A virtual machine on the backend that `config` names, with `ram` at its place.
 pub fn create(config: &MachineConfig, ram: &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError> {
-    match config.backend {
-        BackendKind::Soft => {
-            Ok(Arc::new(SoftVm::new(config.vcpus, ram, config.deterministic.is_some())))
-        }
-        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
-        BackendKind::Hvf => (hvf_entry()?.create)(config, ram),
-        #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf")))]
-        BackendKind::Hvf => Err(unavailable(BackendKind::Hvf)),
-        backend @ BackendKind::Kvm => Err(unavailable(backend)),
-    }
+    backend(config.backend)?.create(config, ram)
 }
 
 /// What a machine of `config` would show its guest of its CPUs on this host, without making one: what
 /// [`Vm::identity`] of that machine answers.
 pub fn identity(config: &MachineConfig) -> Result<CpuIdentity, HypervisorError> {
-    match config.backend {
-        BackendKind::Soft => Ok(SoftVm::identity()),
-        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
-        BackendKind::Hvf => (hvf_entry()?.identity)(),
-        #[cfg(not(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf")))]
-        BackendKind::Hvf => Err(unavailable(BackendKind::Hvf)),
-        backend @ BackendKind::Kvm => Err(unavailable(backend)),
-    }
+    backend(config.backend)?.identity()
 }
 
 /// The build of the host's operating system, if the backend of `config` is a part of it: what
 /// [`HostSystem::build`] of that machine answers.
 pub fn host_build(config: &MachineConfig) -> Result<Option<String>, HypervisorError> {
-    match config.backend {
-        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
-        BackendKind::Hvf => Ok(Some((hvf_entry()?.host_build)())),
-        _ => Ok(None),
-    }
+    Ok(backend(config.backend)?.host_build())
 }
 
 /// The most that a machine on the backend of `config` can have on this host.
 pub fn limits(config: &MachineConfig) -> Result<Limits, HypervisorError> {
-    match config.backend {
-        BackendKind::Soft => Ok(Limits { vcpus: MAX_VCPUS, memory: MEMORY_MAX }),
-        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
-        BackendKind::Hvf => (hvf_entry()?.limits)(),
-        backend => Err(unavailable(backend)),
-    }
+    backend(config.backend)?.limits()
 }
 
-#[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
-fn hvf_entry() -> Result<hvf::Entry, HypervisorError> {
-    hvf::entry().ok_or_else(|| unavailable(BackendKind::Hvf))
+/// What makes machines.
+trait Backend: Sync {
+    fn create(
+        &self,
+        config: &MachineConfig,
+        ram: &GuestRam,
+    ) -> Result<Arc<dyn Vm>, HypervisorError>;
+    fn identity(&self) -> Result<CpuIdentity, HypervisorError>;
+    fn limits(&self) -> Result<Limits, HypervisorError>;
+    /// The build of the host's operating system, if the backend is a part of it.
+    fn host_build(&self) -> Option<String>;
+}
+
+/// The backend, if this build and host have it.
+fn backend(kind: BackendKind) -> Result<&'static dyn Backend, HypervisorError> {
+    let found: Option<&'static dyn Backend> = match kind {
+        BackendKind::Soft => Some(&soft::Soft),
+        #[cfg(any(all(target_os = "macos", target_arch = "aarch64"), feature = "hvf"))]
+        BackendKind::Hvf => hvf::backend(),
+        _ => None,
+    };
+    found.ok_or_else(|| unavailable(kind))
 }
 
 /// One virtual machine of a backend: guest-physical memory, the interrupt chip and the counter.

@@ -16,9 +16,10 @@ use squib_soft::{
 };
 
 use super::{
-    CpuIdentity, ExclusiveMonitor, Exit, HypervisorError, Kick, SystemCounter, Vcpu, VcpuState, Vm,
+    Backend, CpuIdentity, ExclusiveMonitor, Exit, HypervisorError, Kick, Limits, SystemCounter,
+    Vcpu, VcpuState, Vm,
 };
-use crate::config::BackendKind;
+use crate::config::{BackendKind, MEMORY_MAX, MachineConfig};
 
 // Both sides look at the same bytes.
 const _: () = assert!(
@@ -64,6 +65,31 @@ impl SoftVm {
             .collect();
         id_registers.sort_unstable();
         CpuIdentity { backend: BackendKind::Soft, counter_hz: CNTFRQ_HZ, id_registers }
+    }
+}
+
+/// The software CPU as a backend.
+pub(super) struct Soft;
+
+impl Backend for Soft {
+    fn create(
+        &self,
+        config: &MachineConfig,
+        ram: &GuestRam,
+    ) -> Result<Arc<dyn Vm>, HypervisorError> {
+        Ok(Arc::new(SoftVm::new(config.vcpus, ram, config.deterministic.is_some())))
+    }
+
+    fn identity(&self) -> Result<CpuIdentity, HypervisorError> {
+        Ok(SoftVm::identity())
+    }
+
+    fn limits(&self) -> Result<Limits, HypervisorError> {
+        Ok(Limits { vcpus: map::MAX_VCPUS, memory: MEMORY_MAX })
+    }
+
+    fn host_build(&self) -> Option<String> {
+        None
     }
 }
 

@@ -44,50 +44,56 @@ use self::{
     vcpu::HvfVcpu,
 };
 use super::{
-    CpuIdentity, HostSystem, HvfGicState, HypervisorError, Limits, SystemCounter, Vcpu, Vm,
+    Backend, CpuIdentity, HostSystem, HvfGicState, HypervisorError, Limits, SystemCounter, Vcpu, Vm,
 };
 use crate::config::{BackendKind, MEMORY_MAX, MachineConfig};
 
-type Create = fn(&MachineConfig, &GuestRam) -> Result<Arc<dyn Vm>, HypervisorError>;
+/// The backend on the framework, or on a stand-in.
+struct Hvf;
 
-/// What the rest of the program calls. Behind a pointer, so that a program that never says
-/// [`use_stand_in`] needs none of the framework's symbols.
-#[derive(Clone, Copy)]
-pub(super) struct Entry {
-    pub(super) create: Create,
-    pub(super) identity: fn() -> Result<CpuIdentity, HypervisorError>,
-    pub(super) limits: fn() -> Result<Limits, HypervisorError>,
-    pub(super) host_build: fn() -> String,
+impl Backend for Hvf {
+    fn create(
+        &self,
+        config: &MachineConfig,
+        ram: &GuestRam,
+    ) -> Result<Arc<dyn Vm>, HypervisorError> {
+        create(config, ram)
+    }
+
+    fn identity(&self) -> Result<CpuIdentity, HypervisorError> {
+        identity()
+    }
+
+    fn limits(&self) -> Result<Limits, HypervisorError> {
+        limits()
+    }
+
+    fn host_build(&self) -> Option<String> {
+        Some(sys::host_build())
+    }
 }
 
-const ENTRY: Entry = Entry { create, identity, limits, host_build: sys::host_build };
+/// The backend, if the framework is there.
+#[cfg(target_os = "macos")]
+pub(super) fn backend() -> Option<&'static dyn Backend> {
+    Some(&Hvf)
+}
 
-static STAND_IN: OnceLock<Entry> = OnceLock::new();
+/// Set by [`use_stand_in`]: a program that never says so needs none of the framework's symbols.
+#[cfg(not(target_os = "macos"))]
+static STAND_IN: OnceLock<&'static dyn Backend> = OnceLock::new();
 
 /// Makes the backend available where the operating system does not have the framework, and the program
 /// defines its symbols itself.
 #[cfg(not(target_os = "macos"))]
 pub fn use_stand_in() {
-    STAND_IN.get_or_init(|| ENTRY);
+    STAND_IN.get_or_init(|| &Hvf);
 }
 
-/// The backend, if the framework or a stand-in is there.
-pub(super) fn entry() -> Option<Entry> {
-    if cfg!(target_os = "macos") {
-        Some(*STAND_IN.get_or_init(macos))
-    } else {
-        STAND_IN.get().copied()
-    }
-}
-
-#[cfg(target_os = "macos")]
-fn macos() -> Entry {
-    ENTRY
-}
-
+/// The backend, if a stand-in is there.
 #[cfg(not(target_os = "macos"))]
-fn macos() -> Entry {
-    unreachable!("asked for on macOS only")
+pub(super) fn backend() -> Option<&'static dyn Backend> {
+    STAND_IN.get().copied()
 }
 
 /// What all parts of one machine share. Its virtual machine goes away with the last of them, which is never
