@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::output::plain;
+use crate::plain::plain;
 
 /// The exit codes of `squib`. They are part of the command line's contract, listed in `squib help`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,6 +12,7 @@ pub mod exit;
 pub mod home;
 pub mod kit;
 mod output;
+mod plain;
 mod session;
 mod timings;
 mod vm;

@@ -1,7 +1,6 @@
 //! What commands show: progress on a terminal only, numbers for people, JSON for machines.
 
 use std::{
-    borrow::Cow,
     io::{self, Write},
     time::Duration,
 };
@@ -11,7 +10,10 @@ use serde::Serialize;
 use squib_formats::image::Progress;
 use squib_snapshot::observe::{Observer, Phase};
 
-use crate::capture::step_name;
+use crate::{
+    capture::step_name,
+    plain::{plain_json, plain_line},
+};
 
 /// Something is being done, nobody knows for how long. On a terminal a spinner that goes away;
 /// elsewhere one plain line on stderr for each thing said.
@@ -34,7 +36,7 @@ impl Spinner {
         if self.bar.is_hidden() {
             eprintln!("squib: {}: {message}", self.what);
         } else {
-            self.bar.set_message(message.to_owned());
+            self.bar.set_message(plain_line(message).into_owned());
         }
     }
 }
@@ -66,7 +68,7 @@ impl ByteBar {
 
     /// Says what is being done now.
     pub(crate) fn name(&self, what: &str) {
-        self.0.set_prefix(what.to_owned());
+        self.0.set_prefix(plain_line(what).into_owned());
     }
 
     /// `done` of `total` bytes are through, for which `stored` bytes lie on disk.
@@ -104,27 +106,16 @@ impl Drop for ByteBar {
     }
 }
 
-/// Text that may come from a file, without what a terminal would take as a command. Lines stay.
-pub(crate) fn plain(text: &str) -> Cow<'_, str> {
-    let is_plain = |c: char| c == '\n' || c == '\t' || !c.is_control();
-    if text.chars().all(is_plain) {
-        return Cow::Borrowed(text);
-    }
-    let escape = |c: char| if is_plain(c) { c.to_string() } else { c.escape_default().to_string() };
-    Cow::Owned(text.chars().map(escape).collect())
-}
-
-/// `println!`, but [`plain`].
+/// `println!` of one line, [`plain_line`].
 macro_rules! line {
-    ($($what:tt)*) => { println!("{}", $crate::output::plain(&format!($($what)*))) };
+    ($($what:tt)*) => { println!("{}", $crate::plain::plain_line(&format!($($what)*))) };
 }
 pub(crate) use line;
 
 /// Writes `value` as indented JSON, in one line a field.
 pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)
+    let json = serde_json::to_string_pretty(value)?;
+    writeln!(io::stdout(), "{}", plain_json(&json))
 }
 
 /// Bytes for people: "1.5 MiB".
@@ -155,12 +146,6 @@ pub(crate) fn ms(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_terminal_would_obey_is_escaped() {
-        assert_eq!(plain("a\tb\nc é"), "a\tb\nc é");
-        assert_eq!(plain("\u{1b}[2Jx\u{9b}"), "\\u{1b}[2Jx\\u{9b}");
-    }
 
     #[test]
     fn bytes_are_shown_in_the_unit_that_fits() {
