@@ -193,6 +193,7 @@ fn write(
         parent: None,
         parent_hint: None,
         host_backend: None,
+        operation: None,
         machine: MachineInfo {
             name: String::new(),
             memory_size: image.record.size,

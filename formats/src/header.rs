@@ -22,10 +22,10 @@ pub const LEN: usize = 64;
 pub const MAGIC: [u8; 8] = *b"\x89SQUIB\r\n";
 /// Major format version that this build writes and reads.
 pub const MAJOR: u16 = 1;
-/// Newest minor format version that this build reads. It writes the oldest that can say what it has to:
-/// 1.0 for a full snapshot, 1.1 for a difference to another, 1.2 for one with raw images,
-/// 1.3 for one of a backend that is a part of the host's system.
-pub const MINOR: u16 = 3;
+/// The minor format version that this build writes, and the newest that it reads. Before 1.4 a snapshot
+/// had the oldest version that could hold it: 1.0 for a full one, 1.1 for a difference to another, 1.2
+/// for one with raw images, 1.3 for one of a backend that is a part of the host's system.
+pub const MINOR: u16 = 4;
 /// `EM_AARCH64`, the only architecture so far.
 pub const ARCH_AARCH64: u16 = 183;
 /// Longest body, in bytes.

@@ -217,12 +217,14 @@ impl Staging {
     /// Answers the snapshot's id.
     pub fn publish(mut self, mut manifest: Manifest) -> Result<Digest, FormatError> {
         manifest.files = self.files.iter().map(|(record, _)| record.clone()).collect();
+        // What came from an older format becomes one of this.
+        manifest.operation.get_or_insert_default();
         let body = manifest.encode()?;
         if body.len() as u64 > header::MAX_BODY {
             let why = format!("{} bytes, at most {} are allowed", body.len(), header::MAX_BODY);
             return Err(FormatError::field(manifest::FILE, "body length", why));
         }
-        let header = Header::new(header::ARCH_AARCH64, manifest.minor(), &body).encode();
+        let header = Header::new(header::ARCH_AARCH64, header::MINOR, &body).encode();
         let mut file = self.create(manifest::FILE)?;
         file.write(&header)?;
         file.write(&body)?;

@@ -272,11 +272,7 @@ impl Files {
             };
             (*length, *digest) = (bytes.len() as u64, Digest::of(bytes));
         }
-        let body = match manifest.minor() {
-            0 => codec::encode("manifest", &manifest),
-            _ => codec::encode("manifest", &(&manifest, None::<String>)),
-        };
-        Some((manifest.minor(), body.ok()?))
+        Some((manifest.minor(), manifest.encode_unchecked().ok()?))
     }
 
     /// Gives every record the digest of what it stands for, where that can be told.
@@ -366,6 +362,7 @@ pub fn publish(path: &Path, memory: &[u8]) -> Result<Digest, squib_formats::erro
         parent: None,
         parent_hint: None,
         host_backend: None,
+        operation: None,
         machine: MachineInfo {
             name: "vm".into(),
             memory_size: image.size,

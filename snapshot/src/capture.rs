@@ -388,6 +388,8 @@ fn capture_into(
     }
 
     let started = Instant::now();
+    let records = disks.iter().map(FrozenDisk::record).collect();
+    let (machine, operation) = config::to_manifest(config, records);
     let manifest = Manifest {
         writer: concat!("squib ", env!("CARGO_PKG_VERSION")).to_owned(),
         host: crate::host::name(),
@@ -395,7 +397,8 @@ fn capture_into(
         parent: parent.map(|parent| parent.snapshot.id()),
         parent_hint: parent.and_then(Parent::hint),
         host_backend: guest.host_system().map(config::host_backend),
-        machine: config::to_manifest(config, disks.iter().map(FrozenDisk::record).collect()),
+        operation: Some(operation),
+        machine,
         cpu: config::identity(guest.cpu_identity()),
         images,
         sections,

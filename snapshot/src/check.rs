@@ -214,7 +214,7 @@ impl Lines {
             true => self.ok("memory", found),
             false => self.differs("memory", found, advice),
         }
-        match config::from_manifest(machine) {
+        match config::from_manifest(manifest) {
             Ok(config) => {
                 let disks = config.disks.len();
                 self.ok("machine", format!("`{}`, {disks} disk(s), valid", config.name));

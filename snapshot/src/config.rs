@@ -2,54 +2,69 @@
 
 use std::path::Path;
 
-use squib_formats::manifest::{self, DeterministicInfo, DiskRecord, MachineInfo};
+use squib_formats::manifest::{
+    self, DeterministicInfo, DiskRecord, MachineInfo, Manifest, Operation,
+};
 use squib_vmm::{
     config::{ConfigError, Deterministic, DiskConfig, MachineConfig},
     hypervisor,
 };
 
 /// The manifest's form of `config`; `disks` are the records of its disks in their order.
-pub(crate) fn to_manifest(config: &MachineConfig, disks: Vec<DiskRecord>) -> MachineInfo {
+pub(crate) fn to_manifest(
+    config: &MachineConfig,
+    disks: Vec<DiskRecord>,
+) -> (MachineInfo, Operation) {
     let MachineConfig {
         name,
         memory,
         vcpus,
         kernel,
+        kernel_digest,
         initrd,
+        initrd_digest,
         cmdline,
         disks: _,
         rng,
         backend,
         deterministic,
+        on_reset,
     } = config;
     // Where the kernel came from is for people: a path that is not text may lose its odd characters.
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    MachineInfo {
+    let machine = MachineInfo {
         name: name.clone(),
         memory_size: *memory,
         vcpus: *vcpus,
         cmdline: cmdline.clone(),
         kernel: text(kernel),
-        kernel_digest: None,
+        kernel_digest: *kernel_digest,
         initrd: initrd.as_deref().map(text),
         disks,
         rng: *rng,
         backend: backend.name().to_owned(),
         deterministic: deterministic
             .map(|Deterministic { seed, epoch }| DeterministicInfo { seed, epoch }),
-    }
+    };
+    (machine, Operation { on_reset: *on_reset, initrd_digest: *initrd_digest })
 }
 
 /// The configuration in a manifest, checked as a user's would be. Its disks have the paths of the
-/// manifest.
-pub(crate) fn from_manifest(machine: &MachineInfo) -> Result<MachineConfig, ConfigError> {
+/// manifest. A manifest from before format 1.4 does not say what the operator chose: that is the default.
+pub(crate) fn from_manifest(manifest: &Manifest) -> Result<MachineConfig, ConfigError> {
+    let operation = manifest.operation.clone().unwrap_or_default();
+    from_parts(&manifest.machine, operation)
+}
+
+fn from_parts(machine: &MachineInfo, operation: Operation) -> Result<MachineConfig, ConfigError> {
+    let Operation { on_reset, initrd_digest } = operation;
     let MachineInfo {
         name,
         memory_size,
         vcpus,
         cmdline,
         kernel,
-        kernel_digest: _,
+        kernel_digest,
         initrd,
         disks,
         rng,
@@ -66,13 +81,16 @@ pub(crate) fn from_manifest(machine: &MachineInfo) -> Result<MachineConfig, Conf
         memory: *memory_size,
         vcpus: *vcpus,
         kernel: kernel.into(),
+        kernel_digest: *kernel_digest,
         initrd: initrd.as_ref().map(Into::into),
+        initrd_digest,
         cmdline: cmdline.clone(),
         disks: disks.collect(),
         rng: *rng,
         backend: backend.parse()?,
         deterministic: deterministic
             .map(|DeterministicInfo { seed, epoch }| Deterministic { seed, epoch }),
+        on_reset,
     };
     config.validate()?;
     Ok(config)
@@ -94,6 +112,8 @@ pub(crate) fn host_backend(host: hypervisor::HostSystem) -> manifest::HostBacken
 
 #[cfg(test)]
 mod tests {
+    use squib_formats::{digest::Digest, manifest::OnReset};
+
     use super::*;
 
     #[test]
@@ -105,7 +125,10 @@ mod tests {
         };
         let config = MachineConfig {
             memory: 128 << 20,
+            kernel_digest: Some(Digest([1; 32])),
             initrd: Some("/boot/initrd".into()),
+            initrd_digest: Some(Digest([2; 32])),
+            on_reset: OnReset::Restart,
             disks: vec![disk("root", false), disk("data", true)],
             deterministic: Some(Deterministic { seed: 7, epoch: 8 }),
             ..MachineConfig::new("vm", "/boot/Image")
@@ -116,22 +139,22 @@ mod tests {
             size: 512,
             read_only: disk.read_only,
             storage: manifest::DiskStorage::Captured,
-            digest: squib_formats::digest::Digest([0; 32]),
+            digest: Digest([0; 32]),
         });
-        let manifest = to_manifest(&config, records.collect());
-        assert_eq!(from_manifest(&manifest).unwrap(), config);
+        let (machine, operation) = to_manifest(&config, records.collect());
+        assert_eq!(from_parts(&machine, operation).unwrap(), config);
     }
 
     #[test]
     fn a_configuration_that_no_user_could_give_is_refused() {
-        let good = to_manifest(&MachineConfig::new("vm", "/boot/Image"), vec![]);
+        let (good, operation) = to_manifest(&MachineConfig::new("vm", "/boot/Image"), vec![]);
         for bad in [
             MachineInfo { name: "../vm".into(), ..good.clone() },
             MachineInfo { vcpus: 0, ..good.clone() },
             MachineInfo { memory_size: 1 << 60, ..good.clone() },
             MachineInfo { backend: "qemu".into(), ..good.clone() },
         ] {
-            from_manifest(&bad).unwrap_err();
+            from_parts(&bad, operation.clone()).unwrap_err();
         }
     }
 }

@@ -10,7 +10,7 @@ use squib_formats::{
     digest::Digest,
     error::FormatError,
     image::{ImageReader, Record},
-    manifest::{ImageRecord, Manifest},
+    manifest::{ImageRecord, Manifest, Operation},
     snapshot_dir::Snapshot,
 };
 
@@ -33,6 +33,8 @@ pub struct Inspection {
     pub parent_hint: Option<String>,
     /// What the backend said of the host, if it was a part of its system.
     pub host_backend: Option<HostBackendInspection>,
+    /// What the operator chose; `None` if the format of the snapshot did not hold it.
+    pub operation: Option<Operation>,
     /// The snapshots that it builds on, its parent first; `None` if they were not all found, or it is no
     /// difference.
     pub chain: Option<Vec<Link>>,
@@ -137,6 +139,7 @@ pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatErr
             build: host.build.clone(),
             unreadable: host.unreadable.iter().map(|register| compat::name(*register)).collect(),
         }),
+        operation: manifest.operation.clone(),
         chain,
         stored,
         images,

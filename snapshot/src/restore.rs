@@ -239,7 +239,7 @@ impl Opened {
         options.run.observer.begin(&Phase::Open);
         let snapshot = Snapshot::open_chain(path, &options.parents)?;
         let manifest = snapshot.manifest();
-        let mut config = config::from_manifest(&manifest.machine)?;
+        let mut config = config::from_manifest(manifest)?;
         if let Some(name) = &options.name {
             config.name = name.clone();
             config.validate()?;

@@ -13,7 +13,7 @@ use crate::config;
 /// `parents`.
 pub fn verify(path: &Path, parents: &[PathBuf], control: Control<'_>) -> Result<Verified, Damage> {
     let verified = squib_formats::verify::verify(path, parents, control)?;
-    match config::from_manifest(&verified.snapshot.manifest().machine) {
+    match config::from_manifest(verified.snapshot.manifest()) {
         Ok(_) => Ok(verified),
         Err(error) => Err(Damage(vec![FormatError::Field {
             file: squib_formats::manifest::FILE.to_owned(),

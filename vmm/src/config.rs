@@ -4,6 +4,8 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use squib_devices::map;
+use squib_formats::digest::Digest;
+pub use squib_formats::manifest::OnReset;
 
 /// Longest kernel command line that arm64 Linux takes (COMMAND_LINE_SIZE), with its closing zero byte.
 pub const CMDLINE_MAX: usize = 2048;
@@ -28,8 +30,13 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// The kernel: an arm64 `Image`, raw or compressed. Not read by a restore.
     pub kernel: PathBuf,
+    /// blake3 of the kernel file: where it is given, a boot refuses any other file. A machine that has
+    /// booted knows it.
+    pub kernel_digest: Option<Digest>,
     /// The initial RAM file system. Not read by a restore.
     pub initrd: Option<PathBuf>,
+    /// blake3 of the initrd's file, as `kernel_digest` is of the kernel's.
+    pub initrd_digest: Option<Digest>,
     /// The whole kernel command line.
     pub cmdline: String,
     /// Block devices, in the order of their virtio-mmio slots.
@@ -40,6 +47,9 @@ pub struct MachineConfig {
     pub backend: BackendKind,
     /// Set for a machine whose every run is the same.
     pub deterministic: Option<Deterministic>,
+    /// What a reset by the guest does. The machine ends either way ([`Outcome::Reset`]
+    /// (crate::machine::Outcome::Reset)); its owner boots another one, or does not.
+    pub on_reset: OnReset,
 }
 
 /// A block device.
@@ -220,12 +230,15 @@ impl MachineConfig {
             memory: 256 << 20,
             vcpus: 1,
             kernel: kernel.into(),
+            kernel_digest: None,
             initrd: None,
+            initrd_digest: None,
             cmdline: default_cmdline(false, &[]),
             disks: Vec::new(),
             rng: true,
             backend: BackendKind::Soft,
             deterministic: None,
+            on_reset: OnReset::Exit,
         }
     }
 

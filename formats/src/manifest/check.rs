@@ -39,6 +39,11 @@ impl Manifest {
             }
             _ => {}
         }
+        if let Some(Operation { on_reset: _, initrd_digest: Some(_) }) = self.operation
+            && self.machine.initrd.is_none()
+        {
+            return Err(field("initrd digest", "there is no initrd"));
+        }
         self.check_files()?;
         self.check_sections()?;
         self.check_images()?;

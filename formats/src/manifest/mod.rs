@@ -52,6 +52,9 @@ pub struct Manifest {
     /// format 1.3.
     #[serde(skip)]
     pub host_backend: Option<HostBackend>,
+    /// What the operator chose. `None` before format 1.4, and only there.
+    #[serde(skip)]
+    pub operation: Option<Operation>,
     /// The machine's configuration.
     pub machine: MachineInfo,
     /// What the guest was told about its CPU.
@@ -89,6 +92,27 @@ pub struct MachineInfo {
     pub backend: String,
     /// Set for a deterministic machine.
     pub deterministic: Option<DeterministicInfo>,
+}
+
+/// What the operator chose for a machine, apart from what the guest sees of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Operation {
+    /// What a reset by the guest does.
+    pub on_reset: OnReset,
+    /// blake3 of the file with the initial RAM file system, if there is one and it is known. That of the
+    /// kernel is [`MachineInfo::kernel_digest`].
+    pub initrd_digest: Option<Digest>,
+}
+
+/// What a reset by the guest does. On disk a `u8`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum OnReset {
+    /// It ends the machine.
+    #[default]
+    Exit = 1,
+    /// The machine boots again.
+    Restart = 2,
 }
 
 /// What a deterministic machine's time and randomness start from.
@@ -193,8 +217,12 @@ pub struct FileRecord {
 }
 
 impl Manifest {
-    /// The minor format version that the body is written in: the oldest that has all that is in it.
+    /// The minor format version that the body is written in: [`header::MINOR`], or for a manifest that
+    /// came from an older one the oldest that has all that is in it.
     pub fn minor(&self) -> u16 {
+        if self.operation.is_some() {
+            return 4;
+        }
         if self.host_backend.is_some() {
             return 3;
         }
@@ -207,10 +235,17 @@ impl Manifest {
     /// The bytes of the body, in format 1.[`minor`](Self::minor).
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check()?;
-        Ok(match (&self.host_backend, self.minor()) {
-            (Some(host), _) => codec::encode(FILE, &(self, &self.parent_hint, host))?,
-            (None, 0) => codec::encode(FILE, self)?,
-            (None, _) => codec::encode(FILE, &(self, &self.parent_hint))?,
+        self.encode_unchecked()
+    }
+
+    /// [`encode`](Self::encode) of a manifest whose parts may not fit together, as a test of readers needs it.
+    pub fn encode_unchecked(&self) -> Result<Vec<u8>, FormatError> {
+        let Self { parent_hint: hint, host_backend: host, operation, .. } = self;
+        Ok(match (operation, host, self.minor()) {
+            (Some(operation), host, _) => codec::encode(FILE, &(self, hint, host, operation))?,
+            (None, Some(host), _) => codec::encode(FILE, &(self, hint, host))?,
+            (None, None, 0) => codec::encode(FILE, self)?,
+            (None, None, _) => codec::encode(FILE, &(self, hint))?,
         })
     }
 
@@ -225,6 +260,11 @@ impl Manifest {
             3 => {
                 let (manifest, parent_hint, host) = codec::decode(FILE, minor, body)?;
                 Self { parent_hint, host_backend: Some(host), ..manifest }
+            }
+            4 => {
+                let (manifest, parent_hint, host_backend, operation) =
+                    codec::decode(FILE, minor, body)?;
+                Self { parent_hint, host_backend, operation: Some(operation), ..manifest }
             }
             _ => return Err(field("minor format version", format!("{minor} is not known"))),
         };
@@ -313,6 +353,39 @@ impl<'de> Deserialize<'de> for DiskStorage {
         let value = u8::deserialize(deserializer)?;
         let found = all.into_iter().find(|storage| *storage as u8 == value);
         found.ok_or_else(|| D::Error::custom(format!("disk storage {value} is not known")))
+    }
+}
+
+impl OnReset {
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exit => "exit",
+            Self::Restart => "restart",
+        }
+    }
+}
+
+impl Serialize for OnReset {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match serializer.is_human_readable() {
+            true => serializer.serialize_str(self.name()),
+            false => serializer.serialize_u8(*self as u8),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for OnReset {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let all = [Self::Exit, Self::Restart];
+        if deserializer.is_human_readable() {
+            let name = String::deserialize(deserializer)?;
+            let found = all.into_iter().find(|choice| choice.name() == name);
+            return found.ok_or_else(|| D::Error::custom(format!("on reset `{name}`")));
+        }
+        let value = u8::deserialize(deserializer)?;
+        let found = all.into_iter().find(|choice| *choice as u8 == value);
+        found.ok_or_else(|| D::Error::custom(format!("on reset {value} is not known")))
     }
 }
 

@@ -11,6 +11,7 @@ pub(crate) fn sample() -> Manifest {
         parent: None,
         parent_hint: None,
         host_backend: None,
+        operation: None,
         machine: MachineInfo {
             name: "vm".into(),
             memory_size: 1 << 20,
@@ -252,5 +253,39 @@ fn parts_that_do_not_fit_together_are_refused_by_name() {
         change(&mut manifest);
         let text = manifest.encode().expect_err(expected).to_string();
         assert!(text.contains(expected), "expected `{expected}` in `{text}`");
+    }
+}
+
+#[test]
+fn what_the_operator_chose_is_of_format_1_4_whatever_else_there_is() {
+    let diff =
+        Manifest { parent: Some(Digest([1; 32])), parent_hint: Some("/a".into()), ..sample() };
+    for without in [sample(), raw_sample(), diff, of_host(sample())] {
+        let mut manifest = without;
+        manifest.machine.initrd = Some("/boot/initrd".into());
+        let initrd_digest = Some(Digest([7; 32]));
+        manifest.operation = Some(Operation { on_reset: OnReset::Restart, initrd_digest });
+        assert_eq!(manifest.minor(), 4);
+        let body = manifest.encode().unwrap();
+        assert_eq!(Manifest::decode(4, &body).unwrap(), manifest);
+        for minor in [0, 1, 2, 3, 5] {
+            assert!(Manifest::decode(minor, &body).is_err(), "as format 1.{minor}");
+        }
+        manifest.machine.initrd = None;
+        assert!(manifest.encode().unwrap_err().to_string().contains("initrd digest"));
+    }
+}
+
+#[test]
+fn a_reset_that_means_nothing_is_refused() {
+    let manifest = Manifest { operation: Some(Operation::default()), ..sample() };
+    let mut body = manifest.encode().unwrap();
+    // The operation is the last field: a byte of the choice, and a byte for no digest.
+    let at = body.len() - 2;
+    assert_eq!(body[at], OnReset::Exit as u8);
+    for value in [0, 3, 255] {
+        body[at] = value;
+        let text = Manifest::decode(4, &body).unwrap_err().to_string();
+        assert!(text.contains(&format!("on reset {value}")), "{text}");
     }
 }

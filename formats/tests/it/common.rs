@@ -182,6 +182,7 @@ fn stage_with(
         parent: None,
         parent_hint: None,
         host_backend: None,
+        operation: None,
         machine: MachineInfo {
             name: "golden".into(),
             memory_size: memory.size,

@@ -61,10 +61,7 @@ pub(crate) fn rewrite(path: &Path, change: impl Fn(&mut Manifest)) {
             file.digest = Digest::of(&bytes);
         }
     }
-    let body = match manifest.minor() {
-        0 => squib_formats::codec::encode("manifest", &manifest).unwrap(),
-        _ => squib_formats::codec::encode("manifest", &(&manifest, None::<String>)).unwrap(),
-    };
+    let body = manifest.encode_unchecked().unwrap();
     let header = Header::new(header::ARCH_AARCH64, manifest.minor(), &body).encode();
     fs::write(path.join("manifest"), [&header[..], &body].concat()).unwrap();
 }

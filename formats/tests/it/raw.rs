@@ -55,7 +55,7 @@ fn a_raw_image_reads_back_as_written() {
     let verified = verify(&path, &[], Control::default()).unwrap();
     assert_eq!(verified.unlisted, [""; 0]);
     let snapshot = verified.snapshot;
-    assert_eq!(snapshot.header().minor, 2);
+    assert_eq!(snapshot.header().minor, squib_formats::header::MINOR);
     let raw = common::raw_disk();
     assert!(load(&snapshot) == raw);
     assert!(fs::read(path.join(RAW)).unwrap() == raw);
@@ -277,7 +277,6 @@ fn a_difference_builds_on_a_raw_image() {
     let diff = keep.path().join("diff");
     difference(&diff, &path, &disk);
     let verified = verify(&diff, &[], Control::default()).unwrap();
-    assert_eq!(verified.snapshot.header().minor, 1);
     let image = ImageReader::open(&verified.snapshot, "disk-root").unwrap();
     let records = image.index().records();
     assert!(matches!(records[0], Record::Patch { .. }), "{:?}", records[0]);
@@ -310,7 +309,6 @@ fn a_difference_builds_on_a_raw_image() {
     manifest.parent = None;
     staging.publish(manifest).unwrap();
     let flat = verify(&flat, &[], Control::default()).unwrap().snapshot;
-    assert_eq!(flat.header().minor, 0);
     assert!(load(&flat) == disk);
 }
 
@@ -335,7 +333,7 @@ fn a_raw_image_is_written_again_with_or_without_a_clone() {
         let staging = Staging::with_layer(&again, Existing::Refuse, layer.clone()).unwrap();
         reorder_snapshot(staging, &snapshot, &[11, 2], Control::default()).unwrap();
         let verified = verify(&again, &[], Control::default()).unwrap();
-        assert_eq!(verified.snapshot.header().minor, if name == "cloned" { 2 } else { 0 });
+        assert_eq!(again.join(RAW).exists(), name == "cloned");
         assert_eq!(verified.snapshot.manifest().images, snapshot.manifest().images);
         assert!(load(&verified.snapshot) == common::raw_disk());
 
@@ -411,7 +409,7 @@ fn the_file_system_clones_if_it_can() {
     assert!(fs::read(path.join("disk-two.raw")).unwrap() == raw);
     let mode = fs::metadata(path.join("disk-two.raw")).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o600);
-    assert_eq!(snapshot.header().minor, 2);
+    assert_eq!(snapshot.header().minor, squib_formats::header::MINOR);
 }
 
 proptest! {

@@ -1,7 +1,9 @@
 //! Two machines' configurations and CPUs.
 
 use serde::Serialize;
-use squib_formats::manifest::{DeterministicInfo, DiskRecord, DiskStorage, MachineInfo, Manifest};
+use squib_formats::manifest::{
+    DeterministicInfo, DiskRecord, DiskStorage, MachineInfo, Manifest, Operation,
+};
 
 use crate::compat;
 
@@ -25,7 +27,7 @@ pub(super) fn compare(a: &Manifest, b: &Manifest) -> (Vec<Change>, bool) {
         }
     };
     let (disks_before, disks_now) = (&a.machine.disks, &b.machine.disks);
-    let (before, now) = (properties(&a.machine), properties(&b.machine));
+    let (before, now) = (properties(a), properties(b));
     for ((what, before), (_, now)) in before.into_iter().zip(now) {
         differ(what, before, now);
     }
@@ -67,7 +69,7 @@ pub(super) fn compare(a: &Manifest, b: &Manifest) -> (Vec<Change>, bool) {
 }
 
 /// Everything but the disks, for people.
-fn properties(machine: &MachineInfo) -> [(&'static str, String); 9] {
+fn properties(manifest: &Manifest) -> [(&'static str, String); 11] {
     let MachineInfo {
         name,
         memory_size,
@@ -81,7 +83,8 @@ fn properties(machine: &MachineInfo) -> [(&'static str, String); 9] {
         // Part of the CPU's identity.
         backend: _,
         deterministic,
-    } = machine;
+    } = &manifest.machine;
+    let Operation { on_reset, initrd_digest } = manifest.operation.clone().unwrap_or_default();
     let none = || "none".to_owned();
     let deterministic = deterministic.map_or_else(none, |DeterministicInfo { seed, epoch }| {
         format!("seed {seed}, epoch {epoch}")
@@ -94,6 +97,8 @@ fn properties(machine: &MachineInfo) -> [(&'static str, String); 9] {
         ("kernel", kernel.clone()),
         ("kernel's digest", kernel_digest.map_or_else(none, |digest| digest.to_string())),
         ("initrd", initrd.clone().unwrap_or_else(none)),
+        ("initrd's digest", initrd_digest.map_or_else(none, |digest| digest.to_string())),
+        ("on reset", on_reset.name().to_owned()),
         ("virtio-rng", if *rng { "there" } else { "not there" }.to_owned()),
         ("deterministic", deterministic),
     ]

@@ -68,7 +68,7 @@ fn a_capture_holds_memory_disks_sections_and_configuration() {
     assert_eq!(captured.memory.record.digest, memory.record().digest);
 
     let found = inspect(&path, &[]).unwrap();
-    assert_eq!((found.id, &*found.format, &*found.arch), (captured.id, "1.0", "aarch64"));
+    assert_eq!((found.id, &*found.format, &*found.arch), (captured.id, "1.4", "aarch64"));
     let memory = &found.images[0];
     assert_eq!(memory.chunks, 1024);
     assert_eq!(memory.zero_chunks << 16, captured.memory.zero);

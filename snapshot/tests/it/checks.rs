@@ -167,7 +167,7 @@ fn a_snapshot_of_another_format_or_architecture_is_told_from_its_header() {
     let options = options(dir.path());
     let whole = fs::read(path.join("manifest")).unwrap();
     for (at, value, expected, said) in [
-        (8, 2u16, "Differs format", "2.0, written by squib"),
+        (8, 2u16, "Differs format", "2.4, written by squib"),
         (10, 9, "Differs format", "1.9, written by squib"),
         (12, 62, "Differs architecture", "ELF machine 62"),
     ] {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use squib_devices::{map, memory::GuestRam};
+use squib_formats::digest::Digest;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
@@ -34,6 +35,10 @@ pub struct Entry {
     pub fdt: u64,
     /// Granule of the kernel, which the CPU must have.
     pub page_size: PageSize,
+    /// blake3 of the kernel's file.
+    pub kernel_digest: Digest,
+    /// blake3 of the initrd's file, if there is one.
+    pub initrd_digest: Option<Digest>,
 }
 
 /// Why a machine cannot be loaded.
@@ -48,6 +53,18 @@ pub enum BootError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// The file is not the one that the guest booted from before.
+    #[error("{what} {}: blake3 is {found}, the machine booted from a file with {expected}", path.display())]
+    Changed {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The digest that the configuration asks for.
+        expected: Digest,
+        /// The file's.
+        found: Digest,
     },
     /// The kernel file is not a kernel for this machine.
     #[error("kernel {}: {source}", path.display())]
@@ -112,14 +129,19 @@ pub fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, BootError> 
 fn load_with(config: &MachineConfig, ram: &GuestRam, mut seeds: Seeds) -> Result<Entry, BootError> {
     let memory = ram.size();
     let fdt = map::RAM_BASE + memory - FDT_AREA;
-    let image = read_kernel(&config.kernel, memory)?;
+    let (bytes, kernel_digest) = read_file("kernel", &config.kernel, config.kernel_digest, memory)?;
+    let image = unpack(bytes, memory)
+        .map_err(|source| BootError::Kernel { path: config.kernel.clone(), source })?;
     let pc = place_kernel(&config.kernel, &image, fdt, memory)?;
     ram.write_slice(&image.bytes, GuestAddress(pc))?;
 
     let kernel_end = pc + image.size;
-    let initrd = match &config.initrd {
-        Some(path) => Some(place_initrd(path, ram, kernel_end, fdt)?),
-        None => None,
+    let (initrd, initrd_digest) = match &config.initrd {
+        Some(path) => {
+            let (bytes, digest) = read_file("initrd", path, config.initrd_digest, memory)?;
+            (Some(place_initrd(path, &bytes, ram, kernel_end, fdt)?), Some(digest))
+        }
+        None => (None, None),
     };
     let mut rng_seed = [0; 64];
     seeds.fill(&mut rng_seed)?;
@@ -137,12 +159,7 @@ fn load_with(config: &MachineConfig, ram: &GuestRam, mut seeds: Seeds) -> Result
         return Err(FdtError::TooLarge { length: tree.len() }.into());
     }
     ram.write_slice(&tree, GuestAddress(fdt))?;
-    Ok(Entry { pc, fdt, page_size: image.page_size })
-}
-
-fn read_kernel(path: &Path, memory: u64) -> Result<Image, BootError> {
-    let bytes = read_file("kernel", path, memory)?;
-    unpack(bytes, memory).map_err(|source| BootError::Kernel { path: path.to_owned(), source })
+    Ok(Entry { pc, fdt, page_size: image.page_size, kernel_digest, initrd_digest })
 }
 
 /// The kernel's address: a 2 MiB boundary plus its text offset.
@@ -161,19 +178,19 @@ fn place_kernel(path: &Path, image: &Image, limit: u64, memory: u64) -> Result<u
     Ok(start)
 }
 
-/// Reads the initrd to just below `limit`; gives its range.
+/// Puts the initrd just below `limit`; returns its range.
 fn place_initrd(
     path: &Path,
+    bytes: &[u8],
     ram: &GuestRam,
     floor: u64,
     limit: u64,
 ) -> Result<(u64, u64), BootError> {
-    let bytes = read_file("initrd", path, ram.size())?;
     let needed = bytes.len() as u64;
     let start = limit.checked_sub(needed).map(|start| start & !(INITRD_ALIGN - 1));
     match start.filter(|start| *start >= floor) {
         Some(start) => {
-            ram.write_slice(&bytes, GuestAddress(start))?;
+            ram.write_slice(bytes, GuestAddress(start))?;
             Ok((start, start + needed))
         }
         None => Err(BootError::InitrdDoesNotFit {
@@ -185,8 +202,14 @@ fn place_initrd(
     }
 }
 
-/// Reads a whole regular file. What is longer than RAM can never be loaded and is not read.
-fn read_file(what: &'static str, path: &Path, memory: u64) -> Result<Vec<u8>, BootError> {
+/// Reads a whole regular file and digests it; if `expected` is given, it must have that digest. What is
+/// longer than RAM can never be loaded and is not read.
+fn read_file(
+    what: &'static str,
+    path: &Path,
+    expected: Option<Digest>,
+    memory: u64,
+) -> Result<(Vec<u8>, Digest), BootError> {
     let read = || {
         // Asked before it is opened: the open of a pipe that nobody writes to does not return.
         let meta = std::fs::metadata(path)?;
@@ -211,7 +234,14 @@ fn read_file(what: &'static str, path: &Path, memory: u64) -> Result<Vec<u8>, Bo
         }
         Ok(bytes)
     };
-    read().map_err(|source| BootError::Read { what, path: path.to_owned(), source })
+    let bytes = read().map_err(|source| BootError::Read { what, path: path.to_owned(), source })?;
+    let found = Digest::of(&bytes);
+    match expected {
+        Some(expected) if expected != found => {
+            Err(BootError::Changed { what, path: path.to_owned(), expected, found })
+        }
+        _ => Ok((bytes, found)),
+    }
 }
 
 #[cfg(test)]
@@ -306,6 +336,23 @@ mod tests {
             files.config.initrd = Some(path.to_owned());
             let error = load(&files.config, &files.ram).unwrap_err().to_string();
             assert!(error.ends_with("not a regular file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_with_another_digest_than_the_configured_is_refused() {
+        let mut files = files(&kernel(0, 64, 0, 64), Some(100));
+        let entry = load(&files.config, &files.ram).unwrap();
+        files.config.kernel_digest = Some(entry.kernel_digest);
+        files.config.initrd_digest = entry.initrd_digest;
+        assert_eq!(load(&files.config, &files.ram).unwrap().initrd_digest, entry.initrd_digest);
+        for what in ["initrd", "Image"] {
+            let path = files.dir.path().join(what);
+            let good = std::fs::read(&path).unwrap();
+            std::fs::write(&path, [&good[..], b"x"].concat()).unwrap();
+            let error = load(&files.config, &files.ram).unwrap_err();
+            assert!(matches!(error, BootError::Changed { .. }), "{error}");
+            std::fs::write(&path, good).unwrap();
         }
     }
 

@@ -130,8 +130,10 @@ impl Machine {
         config.validate()?;
         let ram = GuestRam::new(config.memory)
             .map_err(|source| MachineError::Memory { size: config.memory, source })?;
-        let machine = Self::assemble(config, ram.into(), console)?;
+        let mut machine = Self::assemble(config, ram.into(), console)?;
         let entry = boot::load(&machine.config, &machine.ram)?;
+        machine.config.kernel_digest = Some(entry.kernel_digest);
+        machine.config.initrd_digest = entry.initrd_digest;
         if entry.page_size == boot::PageSize::Kib64 {
             let backend = machine.config.backend;
             return Err(MachineError::Granule { pages: entry.page_size, backend });

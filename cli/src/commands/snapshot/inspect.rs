@@ -2,7 +2,7 @@
 
 use squib_formats::{
     error::FormatError,
-    manifest::{DiskRecord, DiskStorage},
+    manifest::{DiskRecord, DiskStorage, Operation},
     snapshot_dir::Snapshot,
 };
 use squib_snapshot::inspect::{
@@ -44,6 +44,7 @@ fn show(inspection: &Inspection) {
         writer_version: _,
         parent_hint,
         host_backend,
+        operation,
         chain,
         stored,
         images,
@@ -84,6 +85,9 @@ fn show(inspection: &Inspection) {
         line!("initrd    {initrd}");
     }
     line!("cmdline   {}", machine.cmdline);
+    if let Some(Operation { on_reset, initrd_digest: _ }) = operation {
+        line!("on reset  {}", on_reset.name());
+    }
     for DiskRecord { id, path, size, read_only, storage, digest } in &machine.disks {
         let place = match storage {
             DiskStorage::Captured => "captured from",
