@@ -23,7 +23,7 @@ pub enum Code {
     Control,
     /// A comparison did not hold: the demo's, or a digest's.
     Mismatch,
-    /// Ended by this signal.
+    /// Ended by this signal, or as by SIGPIPE, since the reader of the output has gone.
     Signal(i32),
 }
 
@@ -55,7 +55,7 @@ Exit codes:
   5    a snapshot could not be written, is damaged, or does not fit here
   6    no such running VM, or it did not do what it was told
   7    a comparison did not hold
-  128+n  ended by signal n";
+  128+n  ended by signal n; 141 also when the reader of the output has gone";
 
 /// An error with the exit code that it ends the process with.
 #[derive(Debug)]

@@ -17,16 +17,36 @@ mod session;
 mod timings;
 mod vm;
 
-use std::{process::ExitCode, time::Instant};
+use std::{io::Write, process::ExitCode, time::Instant};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+
+use crate::exit::Code;
 
 /// The whole program.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    let cli = args::Cli::parse();
+    let code = match args::Cli::try_parse() {
+        Ok(cli) => command(cli.command, started),
+        Err(refused) => refuse(&refused),
+    };
+    // Whatever way a command took out.
+    console::restore_terminal();
+    let (code, why) = output::finish(code);
+    if let Some(why) = why {
+        console::message(&why);
+    }
+    ExitCode::from(code.number())
+}
+
+/// The whole command line, for what has to know every command.
+pub fn command_line() -> clap::Command {
+    args::Cli::command()
+}
+
+fn command(command: args::Command, started: Instant) -> Code {
     log_to_stderr();
-    let done = match cli.command {
+    let done = match command {
         args::Command::Run(args) => commands::run::run(args, started),
         args::Command::Snapshot(command) => commands::snapshot::snapshot(command, started),
         args::Command::Digest(args) => commands::digest::digest(&args),
@@ -35,13 +55,24 @@ pub fn main() -> ExitCode {
         args::Command::Ps(args) => commands::ps::ps(&args),
         args::Command::Doctor(args) => commands::doctor::doctor(&args),
     };
-    // Whatever way a command took out.
-    console::restore_terminal();
-    let code = done.unwrap_or_else(|failure| {
-        eprintln!("squib: {failure}");
+    done.unwrap_or_else(|failure| {
+        console::restore_terminal();
+        // Its text may have several lines.
+        console::message(&format!("squib: {failure}\n"));
         failure.code
-    });
-    ExitCode::from(code.number())
+    })
+}
+
+/// Prints help, the version, or what is wrong with the command line.
+fn refuse(refused: &clap::Error) -> Code {
+    #[expect(clippy::disallowed_methods, reason = "clap prints through the library's own buffer")]
+    let printed = refused.print().and_then(|()| std::io::stdout().flush());
+    if refused.use_stderr() {
+        // A message has no other place to go.
+        return Code::Usage;
+    }
+    output::keep_error(printed);
+    Code::Done
 }
 
 /// Messages of the machine: warnings and errors, or what SQUIB_LOG asks for.

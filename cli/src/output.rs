@@ -1,15 +1,15 @@
 //! What commands show: progress on a terminal only, numbers for people, JSON for machines.
 
-use std::{
-    io::{self, Write},
-    time::Duration,
-};
+mod writer;
+
+use std::{io, time::Duration};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use squib_formats::image::Progress;
 use squib_snapshot::observe::{Observer, Phase};
 
+pub(crate) use self::writer::{Stdout, bound_messages, finish, keep_error, message, result};
 use crate::{
     capture::step_name,
     plain::{plain_json, plain_line},
@@ -34,7 +34,7 @@ impl Spinner {
 
     pub(crate) fn say(&self, message: &str) {
         if self.bar.is_hidden() {
-            eprintln!("squib: {}: {message}", self.what);
+            say!("squib: {}: {message}", self.what);
         } else {
             self.bar.set_message(plain_line(message).into_owned());
         }
@@ -106,16 +106,31 @@ impl Drop for ByteBar {
     }
 }
 
-/// `println!` of one line, [`plain_line`].
+/// A line of a command's result on the standard output, [`plain_line`]. See [`finish`] for its errors.
 macro_rules! line {
-    ($($what:tt)*) => { println!("{}", $crate::plain::plain_line(&format!($($what)*))) };
+    ($($what:tt)*) => {
+        $crate::output::result(&format!("{}\n", $crate::plain::plain_line(&format!($($what)*))))
+    };
 }
 pub(crate) use line;
 
-/// Writes `value` as indented JSON, in one line a field.
+/// A line for the user on the standard error, [`plain_line`].
+macro_rules! say {
+    ($($what:tt)*) => {
+        $crate::console::message(&format!("{}\n", $crate::plain::plain_line(&format!($($what)*))))
+    };
+}
+pub(crate) use say;
+
+/// Writes `value` as indented JSON, in one line a field. See [`finish`] for errors of the output.
+///
+/// # Errors
+/// `value` has no JSON form.
 pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
-    let json = serde_json::to_string_pretty(value)?;
-    writeln!(io::stdout(), "{}", plain_json(&json))
+    let mut json = serde_json::to_string_pretty(value)?;
+    json.push('\n');
+    result(&plain_json(&json));
+    Ok(())
 }
 
 /// Bytes for people: "1.5 MiB".

@@ -16,6 +16,7 @@ use crate::{
     events::{self, Event},
     exit::{Code, Failure, Result, WithCode},
     home::{self, Home, VmDir},
+    output::{self, say},
     timings::Phases,
     vm::Vm,
 };
@@ -42,6 +43,7 @@ impl Session<'_> {
     /// Runs the machine that `make` makes until it ends.
     pub(crate) fn run(self, make: Make<'_>) -> Result<Code> {
         let mut phases = Phases::new(self.started);
+        output::bound_messages();
         // Dropped in reverse order: the name is free once everything else is gone.
         let home = Home::open().code(Code::Failed)?;
         let (events, happened) = mpsc::channel();
@@ -54,7 +56,7 @@ impl Session<'_> {
         let _unlink = Unlink(&socket);
         phases.end("prepare");
 
-        let (output, drain) = Output::new(std::io::stdout())?;
+        let (output, drain) = Output::new(output::Stdout)?;
         let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut phases)?);
         let vm = Arc::new(Vm::new(self.name, machine.clone(), events.clone()));
         let server = Server::start(listener, vm.clone())?;
@@ -125,7 +127,7 @@ impl End {
         match self {
             Self::Guest(Outcome::PowerOff | Outcome::Stopped) | Self::Asked => Ok(Code::Done),
             Self::Guest(outcome @ Outcome::Reset) => {
-                eprintln!("squib: {outcome}; `--on-reset restart` boots again");
+                say!("squib: {outcome}; `--on-reset restart` boots again");
                 Ok(Code::GuestReset)
             }
             Self::Guest(Outcome::Crashed(crash)) => Err(Failure::new(Code::GuestCrash, crash)),

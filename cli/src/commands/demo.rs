@@ -32,7 +32,7 @@ use crate::{
     events::end_on_signal,
     exit::{Code, Result, WithCode},
     kit::{self, FetchOptions, Kit},
-    output::{Spinner, ms, print_json},
+    output::{Spinner, ms, print_json, say},
 };
 
 /// Size of the guest's disk.
@@ -63,7 +63,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Code> {
         report.show();
     }
     if let Some(dir) = &args.keep {
-        eprintln!("squib: the disk and the snapshot are in {}", dir.display());
+        say!("squib: the disk and the snapshot are in {}", dir.display());
     }
     Ok(if report.holds() { Code::Done } else { Code::Mismatch })
 }

@@ -11,7 +11,7 @@ use squib_formats::{
 use crate::{
     args::DigestArgs,
     exit::{Code, Result, WithCode},
-    output::{ByteBar, print_json},
+    output::{ByteBar, line, print_json},
 };
 
 #[derive(Serialize)]
@@ -34,7 +34,7 @@ pub(crate) fn digest(args: &DigestArgs) -> Result<Code> {
     if args.json {
         print_json(&Answer { file, digest, size, zero })?;
     } else {
-        println!("{digest}  {}", file.display());
+        line!("{digest}  {}", file.display());
     }
     Ok(Code::Done)
 }

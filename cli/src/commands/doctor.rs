@@ -17,7 +17,7 @@ use squib_vmm::{
 use crate::{
     args::DoctorArgs,
     exit::{Code, Result},
-    output::{bytes, print_json},
+    output::{bytes, line, print_json},
 };
 
 /// How a property is.
@@ -92,9 +92,10 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<Code> {
         print_json(&Report { version, can_run, properties })?;
     } else {
         for property in &properties {
-            println!("{property}");
+            line!("{property}");
         }
-        println!("\n{}", if can_run { "a VM can run" } else { "no VM can run" });
+        line!("");
+        line!("{}", if can_run { "a VM can run" } else { "no VM can run" });
     }
     Ok(if can_run { Code::Done } else { Code::Failed })
 }

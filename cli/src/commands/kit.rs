@@ -5,7 +5,7 @@ use crate::{
     events::end_on_signal,
     exit::{Code, Result, WithCode},
     kit::{self, FetchOptions, Kit},
-    output::{Spinner, print_json},
+    output::{Spinner, line, print_json},
 };
 
 pub(crate) fn kit(command: KitCommand) -> Result<Code> {
@@ -23,11 +23,11 @@ fn fetch(args: FetchArgs) -> Result<Code> {
     if args.json {
         print_json(&kit)?;
     } else {
-        println!("release  {}", kit.release);
-        println!("kernel   {}", kit.kernel.display());
-        println!("initrd   {}", kit.initrd.display());
+        line!("release  {}", kit.release);
+        line!("kernel   {}", kit.kernel.display());
+        line!("initrd   {}", kit.initrd.display());
         if let Some(rootfs) = &kit.rootfs {
-            println!("rootfs   {}", rootfs.display());
+            line!("rootfs   {}", rootfs.display());
         }
     }
     Ok(Code::Done)

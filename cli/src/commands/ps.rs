@@ -7,7 +7,7 @@ use crate::{
     args::PsArgs,
     exit::{Code, Result, WithCode},
     home::{Home, VmRecord},
-    output::print_json,
+    output::{line, print_json},
 };
 
 #[derive(Serialize)]
@@ -31,7 +31,7 @@ pub(crate) fn ps(args: &PsArgs) -> Result<Code> {
         print_json(&lines)?;
         return Ok(Code::Done);
     }
-    println!("{:<20} {:>8}  {:<12} SOCKET", "NAME", "PID", "STATE");
+    line!("{:<20} {:>8}  {:<12} SOCKET", "NAME", "PID", "STATE");
     for Line { record, state } in lines {
         let state = match state {
             Some(InstanceState::NotStarted) => "not started",
@@ -39,7 +39,7 @@ pub(crate) fn ps(args: &PsArgs) -> Result<Code> {
             Some(InstanceState::Paused) => "paused",
             None => "no answer",
         };
-        println!("{:<20} {:>8}  {state:<12} {}", record.name, record.pid, record.socket.display());
+        line!("{:<20} {:>8}  {state:<12} {}", record.name, record.pid, record.socket.display());
     }
     Ok(Code::Done)
 }

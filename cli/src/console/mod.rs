@@ -11,12 +11,13 @@ use std::{
 };
 
 pub(crate) use output::Output;
+use rustix::termios::isatty;
 use terminal::RawMode;
 pub(crate) use terminal::{
     Messages, message, reenter as reenter_raw_mode, restore as restore_terminal,
 };
 
-use crate::events::Event;
+use crate::{events::Event, output::say};
 use escape::{Escape, Key};
 
 const HELP: &str = "
@@ -37,9 +38,9 @@ impl Console {
     /// Connects stdin to `input`. If stdin and stdout are a terminal it is set to raw mode, and Ctrl-A
     /// begins a command; otherwise every byte is the guest's, and the end of input ends nothing.
     pub(crate) fn attach(mut input: Input, events: Sender<Event>) -> std::io::Result<Self> {
-        let interactive = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+        let interactive = std::io::stdin().is_terminal() && isatty(rustix::stdio::stdout());
         let raw = if interactive {
-            eprintln!("squib: the console is yours; Ctrl-A x ends the VM, Ctrl-A h helps");
+            say!("squib: the console is yours; Ctrl-A x ends the VM, Ctrl-A h helps");
             Some(RawMode::enter()?)
         } else {
             None

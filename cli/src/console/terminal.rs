@@ -8,6 +8,8 @@ use std::{
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
+use crate::{output, plain::plain};
+
 /// The settings from before raw mode, while it is on.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 
@@ -40,11 +42,12 @@ pub(crate) fn restore() {
     }
 }
 
-/// Writes a message of squib's own to stderr. In raw mode a line does not begin at the left edge by itself.
+/// Writes a message of squib's own to stderr, [`plain`]. In raw mode a line does not begin at the left
+/// edge by itself.
 pub(crate) fn message(text: &str) {
-    let text = if saved().is_some() { text.replace('\n', "\r\n") } else { text.to_owned() };
-    // There is no other place to say it.
-    let _ = io::stderr().write_all(text.as_bytes());
+    let text = plain(text);
+    let raw = saved().is_some();
+    output::message(if raw { text.replace('\n', "\r\n") } else { text.into_owned() }.as_bytes());
 }
 
 /// Writes as [`message`] does.

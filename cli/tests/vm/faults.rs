@@ -1,5 +1,7 @@
 //! What happens to snapshots when something comes in between: signals, replaced and damaged directories.
 
+#![allow(clippy::disallowed_macros, reason = "a test may print")]
+
 use std::{
     ffi::OsStr,
     fs,

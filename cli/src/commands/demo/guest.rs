@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{api::client::Client, timings::Timings};
+use crate::{api::client::Client, output, timings::Timings};
 
 /// Lines of console that an error shows.
 const TAIL: usize = 12;
@@ -171,7 +171,7 @@ impl Shared {
         let mut buffer = [0; 4096];
         while let Ok(count @ 1..) = stdout.read(&mut buffer) {
             if show {
-                let _ = std::io::stderr().write_all(&buffer[..count]);
+                output::message(&buffer[..count]);
             }
             self.lock().console.extend_from_slice(&buffer[..count]);
             self.changed.notify_all();

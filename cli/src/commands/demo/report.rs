@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::output::bytes;
+use crate::output::{bytes, line};
 
 /// One comparison.
 #[derive(Debug, Serialize)]
@@ -41,8 +41,8 @@ impl Report {
 
     pub(super) fn show(&self) {
         let line = |what: &str, value: Option<f64>, note: &str| match value {
-            Some(value) => println!("{what:<34} {value:>10.1} ms  {note}"),
-            None => println!("{what:<34}       none"),
+            Some(value) => line!("{what:<34} {value:>10.1} ms  {note}"),
+            None => line!("{what:<34}       none"),
         };
         let ratio = self.raw_bytes as f64 / self.stored_bytes.max(1) as f64;
         let sizes = format!(
@@ -55,7 +55,7 @@ impl Report {
         line("create", Some(self.create_ms), &sizes);
         line("restore, to the first instruction", self.first_instruction_ms, "new process");
         line("restore, to the first new output", self.first_output_ms, "");
-        println!();
+        line!("");
         for Check { what, before, after, holds } in &self.checks {
             // Digests are told apart by their beginning; --json has them whole.
             let short = |text: &str| -> String {
@@ -65,13 +65,13 @@ impl Report {
                 }
             };
             if *holds {
-                println!("ok    {what:<30} {}", short(after));
+                line!("ok    {what:<30} {}", short(after));
             } else {
-                println!("FAIL  {what:<30} before {before}, after {after}");
+                line!("FAIL  {what:<30} before {before}, after {after}");
             }
         }
-        println!();
-        println!("{}", if self.holds() { "nothing was lost" } else { "SOMETHING WAS LOST" });
+        line!("");
+        line!("{}", if self.holds() { "nothing was lost" } else { "SOMETHING WAS LOST" });
     }
 }
 

@@ -9,7 +9,7 @@ use super::restore::template_cache;
 use crate::{
     args::CacheCommand,
     exit::{Code, Result, WithCode},
-    output::{bytes, print_json},
+    output::{bytes, line, print_json},
 };
 
 pub(crate) fn cache(command: &CacheCommand) -> Result<Code> {
@@ -27,18 +27,18 @@ pub(crate) fn cache(command: &CacheCommand) -> Result<Code> {
     let stored: u64 = templates.iter().map(|template| template.stored).sum();
     match (removed, templates.is_empty()) {
         (false, false) => {
-            println!("{:<64} {:>10} {:>10}  USED", "MEMORY DIGEST", "SIZE", "ON DISK")
+            line!("{:<64} {:>10} {:>10}  USED", "MEMORY DIGEST", "SIZE", "ON DISK")
         }
-        (false, true) => println!("there are no templates"),
+        (false, true) => line!("there are no templates"),
         (true, _) => {}
     }
     for template in &templates {
         let TemplateInfo { digest, size, stored, used, .. } = template;
         if removed {
-            println!("removed   {digest}  {}", bytes(*stored));
+            line!("removed   {digest}  {}", bytes(*stored));
         } else {
             let ago = SystemTime::now().duration_since(*used).unwrap_or_default();
-            println!(
+            line!(
                 "{digest} {:>10} {:>10}  {} ago",
                 bytes(*size),
                 bytes(*stored),
@@ -47,8 +47,8 @@ pub(crate) fn cache(command: &CacheCommand) -> Result<Code> {
         }
     }
     match removed {
-        true => println!("freed     {}", bytes(stored)),
-        false if templates.len() > 1 => println!("{} on disk in all", bytes(stored)),
+        true => line!("freed     {}", bytes(stored)),
+        false if templates.len() > 1 => line!("{} on disk in all", bytes(stored)),
         false => {}
     }
     Ok(Code::Done)

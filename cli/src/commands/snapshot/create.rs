@@ -18,7 +18,7 @@ use crate::{
     events,
     exit::{Code, Failure, Result, WithCode},
     home::Home,
-    output::{ByteBar, bytes, print_json},
+    output::{ByteBar, bytes, line, print_json},
     timings::phase_lines,
 };
 
@@ -98,22 +98,22 @@ fn failure(error: ClientError) -> Failure {
 }
 
 fn show(report: &SnapshotReport, timings: bool) {
-    println!("snapshot  {}", report.path.display());
-    println!("id        {}", report.id);
-    println!(
+    line!("snapshot  {}", report.path.display());
+    line!("id        {}", report.id);
+    line!(
         "stored    {} for {} of memory and disks (1:{:.1})",
         bytes(report.stored_bytes),
         bytes(report.raw_bytes),
         report.raw_bytes as f64 / report.stored_bytes.max(1) as f64
     );
-    println!("memory    {}", report.memory_digest);
+    line!("memory    {}", report.memory_digest);
     for disk in &report.disks {
-        println!("disk {:<4} {}  {}", disk.id, disk.digest, bytes(disk.bytes));
+        line!("disk {:<4} {}  {}", disk.id, disk.digest, bytes(disk.bytes));
     }
     if timings {
         for line in phase_lines(&report.timings) {
-            println!("{line}");
+            line!("{line}");
         }
-        println!("{:<28} {:>10.3} ms", "= the guest stood still", report.downtime_ms);
+        line!("{:<28} {:>10.3} ms", "= the guest stood still", report.downtime_ms);
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     args::DiffArgs,
     events,
     exit::{Code, Result},
-    output::{ByteBar, bytes, print_json},
+    output::{ByteBar, bytes, line, print_json},
 };
 
 /// Most areas of an image that people are shown; `--json` has all.
@@ -32,23 +32,23 @@ pub(crate) fn diff(args: &DiffArgs) -> Result<Code> {
 
 fn show(found: &Difference) {
     let Difference { a, b, apart_ns, equal, machine, images, sections } = found;
-    println!("a         {a}");
-    println!("b         {b}");
+    line!("a         {a}");
+    line!("b         {b}");
     let seconds = apart_ns.unsigned_abs() as f64 / 1e9;
-    println!("captured  {seconds:.3} s {}", if *apart_ns < 0 { "earlier" } else { "later" });
+    line!("captured  {seconds:.3} s {}", if *apart_ns < 0 { "earlier" } else { "later" });
     for Change { what, a, b } in machine {
-        println!("machine   {what}: {a}, then {b}");
+        line!("machine   {what}: {a}, then {b}");
     }
     images.iter().for_each(show_image);
     for section in sections {
-        println!("section   {}", about(section));
+        line!("section   {}", about(section));
     }
     let images = images.iter().map(|image| image.changed_bytes);
     let images = images.fold(0, u64::saturating_add);
     let state: u64 = sections.iter().map(|section| section.changed_bytes).sum();
     match equal {
-        true => println!("the guest's state is the same in both"),
-        false => println!(
+        true => line!("the guest's state is the same in both"),
+        false => line!(
             "total     {} of memory and disks, {} of state in {} sections",
             bytes(images),
             bytes(state),
@@ -73,18 +73,18 @@ fn show_image(image: &ImageDifference) {
     } = image;
     if a_size != b_size {
         let size = |size: &Option<u64>| size.map_or("not there".to_owned(), bytes);
-        println!("{name:<9} {}, then {}", size(a_size), size(b_size));
+        line!("{name:<9} {}, then {}", size(a_size), size(b_size));
     }
     if *changed_chunks == 0 {
-        println!("{name:<9} the same");
+        line!("{name:<9} the same");
         return;
     }
     let Some(chunk_size) = chunk_size else {
-        println!("{name:<9} cut into chunks of different sizes, not compared");
+        line!("{name:<9} cut into chunks of different sizes, not compared");
         return;
     };
     let pages = changed_pages.map_or(String::new(), |pages| format!("{pages} pages in "));
-    println!(
+    line!(
         "{name:<9} {} in {pages}{changed_chunks} of {chunks} chunks of {}, {zeroed_chunks} of them now \
          zero",
         bytes(*changed_bytes),
@@ -98,7 +98,7 @@ fn show_image(image: &ImageDifference) {
             None => format!("{changed_chunks} chunks"),
         };
         let end = offset + length;
-        println!(
+        line!(
             "          {offset:#012x} to {end:#012x}  {:>10}  {unit:>12}  {name}",
             bytes(*changed_bytes)
         );
@@ -106,7 +106,7 @@ fn show_image(image: &ImageDifference) {
     if areas.len() > AREAS {
         let rest = areas[AREAS..].iter().map(|area| area.changed_bytes).sum();
         let more = areas.len() - AREAS;
-        println!("          and {} in {more} more areas: --json lists all", bytes(rest));
+        line!("          and {} in {more} more areas: --json lists all", bytes(rest));
     }
 }
 

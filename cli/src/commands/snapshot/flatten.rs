@@ -11,7 +11,7 @@ use crate::{
     args::FlattenArgs,
     events,
     exit::{Code, Result},
-    output::{ByteBar, bytes},
+    output::{ByteBar, bytes, line},
 };
 
 pub(crate) fn flatten(args: &FlattenArgs) -> Result<Code> {
@@ -25,8 +25,8 @@ pub(crate) fn flatten(args: &FlattenArgs) -> Result<Code> {
     let made = make_full(&args.dir, &args.chain.parents, &args.output, durability, &run);
     drop(bar);
     let Flattened { id, links, stored } = made.map_err(events::failure)?;
-    println!("snapshot  {}", args.output.display());
-    println!("id        {id}");
-    println!("stored    {}, from a chain of {links}", bytes(stored));
+    line!("snapshot  {}", args.output.display());
+    line!("id        {id}");
+    line!("stored    {}, from a chain of {links}", bytes(stored));
     Ok(Code::Done)
 }

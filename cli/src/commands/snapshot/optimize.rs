@@ -13,7 +13,7 @@ use crate::{
     events,
     exit::{Code, Failure, Result, WithCode},
     home::Home,
-    output::ByteBar,
+    output::{ByteBar, line},
 };
 
 pub(crate) fn optimize(args: &OptimizeArgs) -> Result<Code> {
@@ -34,9 +34,9 @@ pub(crate) fn optimize(args: &OptimizeArgs) -> Result<Code> {
     let made = write_again(dir, &chain.parents, output.as_deref(), &children, durability, &run);
     drop(bar);
     let Optimized { id, first } = made.map_err(failure)?;
-    println!("snapshot  {}", output.as_ref().unwrap_or(dir).display());
-    println!("id        {id}");
-    println!("first     {first} chunks, in the order of their first use");
+    line!("snapshot  {}", output.as_ref().unwrap_or(dir).display());
+    line!("id        {id}");
+    line!("first     {first} chunks, in the order of their first use");
     Ok(Code::Done)
 }
 

@@ -13,7 +13,7 @@ use crate::{
     events,
     exit::{Code, Result},
     home::Home,
-    output::{ByteBar, bytes},
+    output::{ByteBar, bytes, line, say},
 };
 
 pub(crate) fn rebase(args: &RebaseArgs) -> Result<Code> {
@@ -39,11 +39,11 @@ pub(crate) fn rebase(args: &RebaseArgs) -> Result<Code> {
     // Without the note a removal of the parent finds the difference only where it looks itself.
     let noted = Home::open().map(|home| home.children().record(parent, output));
     if let Ok(Err(error)) = noted {
-        eprintln!("squib: {}: not noted as a child of its parent: {error}", output.display());
+        say!("squib: {}: not noted as a child of its parent: {error}", output.display());
     }
-    println!("snapshot  {}", output.display());
-    println!("id        {id}");
-    println!("parent    {parent} at {}", onto.display());
-    println!("stored    {}, the last of a chain of {links}", bytes(stored));
+    line!("snapshot  {}", output.display());
+    line!("id        {id}");
+    line!("parent    {parent} at {}", onto.display());
+    line!("stored    {}, the last of a chain of {links}", bytes(stored));
     Ok(Code::Done)
 }

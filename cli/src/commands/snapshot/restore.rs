@@ -25,7 +25,7 @@ use crate::{
     exit::{Code, Failure, Result, WithCode},
     home::VmDir,
     kit::cache_dir,
-    output::{ByteBar, bytes},
+    output::{ByteBar, bytes, say},
     session::Session,
     timings::Phases,
 };
@@ -49,7 +49,7 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
         drop(bar);
         if args.disk_dir.is_none() {
             for (id, path) in &restored.disks {
-                eprintln!(
+                say!(
                     "squib: disk {id} is a private copy, removed when the VM ends: {} \
                      (--disk-dir keeps it, --disk {id}=PATH uses another)",
                     path.display()
@@ -72,13 +72,13 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
 /// Writes down what the guest has needed. That cannot fail the restore, which is over.
 fn note_working_set(args: &RestoreArgs, memory: &GuestRam) {
     match record(&args.dir, memory) {
-        Ok(Some(Recorded { touched, common, bytes: size })) => eprintln!(
+        Ok(Some(Recorded { touched, common, bytes: size })) => say!(
             "squib: {}: {touched} chunks of memory were needed; recorded {common} ({}) that every run needs",
             args.dir.display(),
             bytes(size)
         ),
-        Ok(None) => eprintln!("squib: nothing is recorded: the guest has needed no memory"),
-        Err(error) => eprintln!("squib: nothing is recorded: {error}"),
+        Ok(None) => say!("squib: nothing is recorded: the guest has needed no memory"),
+        Err(error) => say!("squib: nothing is recorded: {error}"),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     args::RmArgs,
     exit::{Code, Failure, Result, WithCode},
     home::Home,
-    output::{bytes, print_json},
+    output::{bytes, line, print_json},
 };
 
 pub(crate) fn rm(args: &RmArgs) -> Result<Code> {
@@ -23,15 +23,15 @@ pub(crate) fn rm(args: &RmArgs) -> Result<Code> {
         return Ok(Code::Done);
     }
     let Removed { id, bytes: size, unlisted, dependents } = removed;
-    println!("removed   {}, {}", args.dir.display(), bytes(size));
+    line!("removed   {}, {}", args.dir.display(), bytes(size));
     if let Some(id) = id {
-        println!("id        {id}");
+        line!("id        {id}");
     }
     for name in unlisted {
-        println!("with it   {name}, which did not belong to it");
+        line!("with it   {name}, which did not belong to it");
     }
     for dependent in dependents {
-        println!("orphaned  {}: it needs this snapshot", dependent.path.display());
+        line!("orphaned  {}: it needs this snapshot", dependent.path.display());
     }
     Ok(Code::Done)
 }

@@ -7,7 +7,7 @@ use squib_snapshot::verify::{Verified, verify as check};
 use crate::{
     args::VerifyArgs,
     exit::{Code, Result},
-    output::{ByteBar, bytes, print_json},
+    output::{ByteBar, bytes, line, print_json, say},
 };
 
 #[derive(Serialize)]
@@ -32,9 +32,9 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<Code> {
                 print_json(&Answer { intact: true, id, damage: Vec::new(), unlisted })?;
                 return Ok(Code::Done);
             }
-            println!("{dir} is intact: snapshot {}", snapshot.id());
+            line!("{dir} is intact: snapshot {}", snapshot.id());
             for (name, loaded) in images {
-                println!(
+                line!(
                     "{name}: {}, {} of it zero, {} stored",
                     bytes(loaded.size),
                     bytes(loaded.zero),
@@ -42,7 +42,7 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<Code> {
                 );
             }
             for name in unlisted {
-                println!("note: `{name}` does not belong to the snapshot");
+                line!("note: `{name}` does not belong to the snapshot");
             }
             Ok(Code::Done)
         }
@@ -51,8 +51,8 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<Code> {
             if args.json {
                 print_json(&Answer { intact: false, id: None, damage, unlisted: Vec::new() })?;
             } else {
-                eprintln!("squib: {dir} is damaged or no snapshot:");
-                damage.iter().for_each(|line| eprintln!("  {line}"));
+                say!("squib: {dir} is damaged or no snapshot:");
+                damage.iter().for_each(|line| say!("  {line}"));
             }
             Ok(Code::Snapshot)
         }
