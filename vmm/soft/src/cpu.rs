@@ -11,7 +11,7 @@ use crate::{
     exception::Pstate,
     exec::branch::leave_block,
     mem::Pending,
-    mmu::{Access, FSC_EXTERNAL, Fault},
+    mmu::{self, Access, FSC_EXTERNAL, Fault},
     op::Op,
     regs::{Regs, SP},
     shared::{Peer, Place, Shared},
@@ -194,6 +194,8 @@ impl Cpu {
     }
 
     fn run_inside(&mut self, limit: Option<u64>) -> Exit {
+        // A state from outside may have a tag there.
+        self.branch_to(self.pc);
         loop {
             if let Some(exit) = self.service(limit) {
                 return exit;
@@ -313,11 +315,13 @@ impl Cpu {
         self.budget -= 1;
         // SAFETY: the two ops are a block of one instruction, and `self.step` stays where it is.
         unsafe {
-            let next = ((*op).exec)(self, op);
+            let mut next = ((*op).exec)(self, op);
             if next == op.add(1) {
-                ((*next).exec)(self, next);
-            } else if !next.is_null() {
-                // A linked branch went on into another block: give back what that has taken.
+                next = ((*next).exec)(self, next);
+            }
+            if !next.is_null() {
+                // It went on into another block, which may be short enough for what is left: code that
+                // has changed is decoded anew where it is entered first. Give back what that has taken.
                 self.leave_entered(next);
             }
         }
@@ -371,8 +375,16 @@ impl Cpu {
                 return unsafe { self.enter(first, va) };
             }
         }
-        self.pc = va;
+        // A tagged address matches no entry.
+        self.branch_to(va);
         ptr::null()
+    }
+
+    /// Sets `pc` to the target of a branch: where TCR_EL1 says that the top byte is ignored, the PC does
+    /// not get it (Arm ARM, AArch64.BranchAddr). The PC and all that is made of it, ELR and FAR, the link
+    /// register, cached translations, so have no tags.
+    pub(crate) fn branch_to(&mut self, va: u64) {
+        self.pc = if mmu::ignores_top_byte(&self.sys, va) { mmu::untagged(va) } else { va };
     }
 
     /// The block at `pc`, decoded if need be; `None` if an exception was taken or an exit is set instead.
@@ -429,7 +441,7 @@ impl Cpu {
             }
         };
         let code = self.code.page(self.shared.ram.page_index(page), host);
-        self.tlb.fill_code(el1, pc, code, translation.size);
+        self.tlb.fill_code(el1, pc, code, &translation);
         Some(code)
     }
 
@@ -465,14 +477,20 @@ impl Cpu {
     pub(crate) fn refresh_space(&mut self) {
         self.space_changed = false;
         let asid = self.asid();
-        self.tlb.switch_space(self.sys.ttbr0, asid);
+        // The ASID counts apart, and CnP says nothing here.
+        let table = |ttbr: u64| ttbr & mmu::TTBR_BADDR;
+        self.tlb.switch_space(table(self.sys.ttbr0), table(self.sys.ttbr1), asid);
     }
 
     /// The ASID in use: TCR_EL1.A1 says which TTBR holds it, TCR_EL1.AS how many bits count.
     pub(crate) fn asid(&self) -> u16 {
         let ttbr = if self.sys.tcr >> 22 & 1 != 0 { self.sys.ttbr1 } else { self.sys.ttbr0 };
-        let asid = (ttbr >> 48) as u16;
-        if self.sys.tcr >> 36 & 1 != 0 { asid } else { asid & 0xff }
+        (ttbr >> 48) as u16 & self.asid_bits()
+    }
+
+    /// The bits of an ASID that count: 8, or with TCR_EL1.AS 16.
+    pub(crate) fn asid_bits(&self) -> u16 {
+        if self.sys.tcr >> 36 & 1 != 0 { 0xffff } else { 0xff }
     }
 
     /// Address of `op`.

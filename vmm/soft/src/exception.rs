@@ -130,7 +130,7 @@ impl Cpu {
         };
         self.unbank_sp();
         self.waiting = false;
-        self.pc = self.sys.vbar.wrapping_add(group + vector);
+        self.branch_to(self.sys.vbar.wrapping_add(group + vector));
         self.refresh();
     }
 
@@ -250,7 +250,7 @@ impl Cpu {
         self.r.set_nzcv(nzcv_of(spsr));
         self.unbank_sp();
         self.exclusive = None;
-        self.pc = self.sys.elr;
+        self.branch_to(self.sys.elr);
         self.refresh();
         std::ptr::null()
     }

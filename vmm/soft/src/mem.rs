@@ -61,6 +61,14 @@ pub(crate) enum Extend {
     Sign64,
 }
 
+/// What an access leads to.
+pub(crate) enum Target {
+    /// Bytes of RAM, at this host address.
+    Ram(*mut u8),
+    /// This guest-physical address, which is not RAM.
+    Device(u64),
+}
+
 /// Why a load or store did not happen. PC stands at the instruction and an exception has been taken,
 /// or behind it with an exit set.
 pub(crate) struct Stopped;
@@ -204,9 +212,10 @@ impl Cpu {
         if va & (size - 1) != 0 {
             return Err(self.data_fault(op, va, FSC_ALIGNMENT, true));
         }
-        self.page(self.regime, op, va, Access::Write)?
-            .ok_or(())
-            .map_err(|()| self.data_fault(op, va, FSC_EXTERNAL, true))
+        match self.page(self.regime, op, va, Access::Write)? {
+            Target::Ram(host) => Ok(host),
+            Target::Device(_) => Err(self.data_fault(op, va, FSC_EXTERNAL, true)),
+        }
     }
 
     #[cold]
@@ -221,17 +230,14 @@ impl Cpu {
     ) -> Result<u128, Stopped> {
         let mut bytes = [0u8; 16];
         let first = size.min(0x1000 - (va & !PAGE_MASK));
-        let Some(host) = self.page(regime, op, va, Access::Read)? else {
-            return Err(match pending {
-                Some(pending) if va & (size - 1) == 0 => {
-                    let translation = self.translate(va, Access::Read, regime);
-                    let address = translation.map_or(0, |t| t.pa);
-                    self.pending = Some(pending);
-                    self.leave_with(op, Exit::MmioRead { address, size: size as u8 });
-                    Stopped
-                }
-                _ => self.data_fault(op, va, FSC_EXTERNAL, false),
-            });
+        let host = match (self.page(regime, op, va, Access::Read)?, pending) {
+            (Target::Ram(host), _) => host,
+            (Target::Device(address), Some(_)) if va & (size - 1) == 0 => {
+                self.pending = pending;
+                self.leave_with(op, Exit::MmioRead { address, size: size as u8 });
+                return Err(Stopped);
+            }
+            (Target::Device(_), _) => return Err(self.data_fault(op, va, FSC_EXTERNAL, false)),
         };
         if first == size {
             // SAFETY: `page` gave the address of a byte in RAM, and all bytes are on its page.
@@ -240,7 +246,7 @@ impl Cpu {
         // SAFETY: as above, for the `first` bytes that are on the page.
         unsafe { copy(host, bytes.as_mut_ptr(), first as usize) };
         let va = va.wrapping_add(first);
-        let Some(host) = self.page(regime, op, va, Access::Read)? else {
+        let Target::Ram(host) = self.page(regime, op, va, Access::Read)? else {
             return Err(self.data_fault(op, va, FSC_EXTERNAL, false));
         };
         // SAFETY: as above, on the next page.
@@ -261,14 +267,14 @@ impl Cpu {
     ) -> Result<(), Stopped> {
         let bytes = value.to_le_bytes();
         let first = size.min(0x1000 - (va & !PAGE_MASK));
-        let Some(host) = self.page(regime, op, va, Access::Write)? else {
-            if !mmio || va & (size - 1) != 0 {
-                return Err(self.data_fault(op, va, FSC_EXTERNAL, true));
+        let host = match self.page(regime, op, va, Access::Write)? {
+            Target::Ram(host) => host,
+            Target::Device(address) if mmio && va & (size - 1) == 0 => {
+                let exit = Exit::MmioWrite { address, size: size as u8, value: value as u64 };
+                self.leave_with(op, exit);
+                return Err(Stopped);
             }
-            let address = self.translate(va, Access::Write, regime).map_or(0, |t| t.pa);
-            let exit = Exit::MmioWrite { address, size: size as u8, value: value as u64 };
-            self.leave_with(op, exit);
-            return Err(Stopped);
+            Target::Device(_) => return Err(self.data_fault(op, va, FSC_EXTERNAL, true)),
         };
         if first == size {
             // SAFETY: `page` gave the address of a byte in RAM, and all bytes are on its page.
@@ -277,7 +283,7 @@ impl Cpu {
         }
         // Both pages are checked before either is written: a faulting store changes nothing.
         let va = va.wrapping_add(first);
-        let Some(second) = self.page(regime, op, va, Access::Write)? else {
+        let Target::Ram(second) = self.page(regime, op, va, Access::Write)? else {
             return Err(self.data_fault(op, va, FSC_EXTERNAL, true));
         };
         // SAFETY: `first` bytes are on the first page and the others at the start of the second.
@@ -288,15 +294,15 @@ impl Cpu {
         Ok(())
     }
 
-    /// Translates the page of `va` for `op` and remembers it. `None` if it is not RAM; an exception
-    /// has been taken if the access is not allowed.
+    /// Translates the page of `va` for `op`, once, and remembers it if it is RAM. An exception has been
+    /// taken if the access is not allowed.
     pub(crate) fn page(
         &mut self,
         regime: Regime,
         op: &Op,
         va: u64,
         access: Access,
-    ) -> Result<Option<*mut u8>, Stopped> {
+    ) -> Result<Target, Stopped> {
         let write = access == Access::Write;
         let translation = match self.translate(va, access, regime) {
             Ok(translation) => translation,
@@ -307,12 +313,12 @@ impl Cpu {
         let host = match self.shared.ram.place(page, 0x1000, write) {
             Place::Ram(host) => host,
             Place::Withheld => return Err(self.withheld(op, translation.pa, write)),
-            Place::Elsewhere => return Ok(None),
+            Place::Elsewhere => return Ok(Target::Device(translation.pa)),
         };
         // SAFETY: an offset in the page.
         let host = unsafe { host.add((va & !PAGE_MASK) as usize) };
         // An address with a tag in its top byte is not its own page's number: not remembered.
-        if va >> 56 == if va >> 55 & 1 != 0 { 0xff } else { 0 } {
+        if va == mmu::untagged(va) {
             let writable = write || {
                 matches!(self.shared.ram.place(page, 0x1000, true), Place::Ram(_))
                     && translation
@@ -324,9 +330,9 @@ impl Cpu {
                         )
                         .is_ok()
             };
-            self.tlb.fill_data(regime, va, host, writable, translation.size);
+            self.tlb.fill_data(regime, va, host, writable, &translation);
         }
-        Ok(Some(host))
+        Ok(Target::Ram(host))
     }
 
     /// Leaves the block at `op`, which is not retired: it is executed again once the access to RAM at

@@ -39,6 +39,8 @@ pub(crate) struct Translation {
     pub(crate) pa: u64,
     /// Size of the page or block that the descriptor maps, bytes.
     pub(crate) size: u64,
+    /// Not only for the ASID in use: nG is clear.
+    pub(crate) global: bool,
     /// AttrIndx[2:0]: index into MAIR_EL1.
     pub(crate) attr_index: u8,
     perms: Permissions,
@@ -56,6 +58,13 @@ struct Permissions {
 // SCTLR_EL1 fields, Arm ARM D17.2.118.
 pub(crate) const SCTLR_M: u64 = 1 << 0;
 const SCTLR_WXN: u64 = 1 << 19;
+
+/// TTBRn_EL1.BADDR, with CnP left out.
+pub(crate) const TTBR_BADDR: u64 = 0x0000_ffff_ffff_fffe;
+
+// TCR_EL1 fields, Arm ARM D17.2.131.
+const TCR_TBI0: u64 = 1 << 37;
+const TCR_TBI1: u64 = 1 << 38;
 
 /// Physical address bits that are implemented (ID_AA64MMFR0_EL1.PARange = 2).
 pub(crate) const PA_BITS: u32 = 40;
@@ -79,7 +88,8 @@ impl Translation {
             (Access::Write, true) => p.el0 && p.writable,
             (Access::Read, false) => !(pan && p.el0),
             (Access::Write, false) => p.writable && !(pan && p.el0),
-            (Access::Execute, true) => p.el0 && !p.uxn && !(wxn && p.writable),
+            // EL0 may execute what it may not read.
+            (Access::Execute, true) => !(p.uxn || p.writable && p.el0 && wxn),
             // What EL0 may write, EL1 never executes.
             (Access::Execute, false) => !(p.pxn || p.writable && (p.el0 || wxn)),
         };
@@ -87,44 +97,59 @@ impl Translation {
     }
 }
 
+/// `va` without what may stand in its top byte: a sign extension of bit 55.
+pub(crate) fn untagged(va: u64) -> u64 {
+    ((va << 8) as i64 >> 8) as u64
+}
+
+/// Whether `va` is in the upper half, that of TTBR1_EL1. Bit 55 says it, with and without a tag.
+pub(crate) fn is_upper(va: u64) -> bool {
+    va >> 55 & 1 != 0
+}
+
+/// TCR_EL1.TBI0 or TBI1, which count with the MMU off too: the top byte of `va` is no part of the address.
+pub(crate) fn ignores_top_byte(sys: &Sys, va: u64) -> bool {
+    let bit = if is_upper(va) { TCR_TBI1 } else { TCR_TBI0 };
+    sys.tcr & bit != 0
+}
+
 /// Translates `va` by the tables that `sys` names; permissions are checked apart.
 pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> {
+    let va = if ignores_top_byte(sys, va) { untagged(va) } else { va };
     if sys.sctlr & SCTLR_M == 0 {
         return if va >> PA_BITS == 0 { Ok(flat(va)) } else { Err(Fault::Abort(FSC_ADDRESS_SIZE)) };
     }
-    let upper = va >> 55 & 1 != 0;
+    let upper = is_upper(va);
     let tcr = sys.tcr;
-    let (ttbr, tsz, epd, tbi, granule) = if upper {
+    let (ttbr, tsz, epd, granule) = if upper {
         // TG1: 01 is 16 KiB, 10 is 4 KiB.
         let granule = match tcr >> 30 & 3 {
             1 => 14,
             _ => 12,
         };
-        (sys.ttbr1, tcr >> 16 & 63, tcr >> 23 & 1, tcr >> 38 & 1, granule)
+        (sys.ttbr1, tcr >> 16 & 63, tcr >> 23 & 1, granule)
     } else {
         // TG0: 00 is 4 KiB, 10 is 16 KiB.
         let granule = match tcr >> 14 & 3 {
             2 => 14,
             _ => 12,
         };
-        (sys.ttbr0, tcr & 63, tcr >> 7 & 1, tcr >> 37 & 1, granule)
+        (sys.ttbr0, tcr & 63, tcr >> 7 & 1, granule)
     };
     // Out-of-range TxSZ behaves as the nearest supported value.
     let va_bits = 64 - (tsz.clamp(16, 39) as u32);
-    let top = if tbi != 0 { 56 } else { 64 };
     let sign = if upper { u64::MAX } else { 0 };
-    let checked = (va ^ sign) & (u64::MAX >> (64 - top)) & !((1 << va_bits) - 1);
-    if checked != 0 || epd != 0 {
+    if (va ^ sign) >> va_bits != 0 || epd != 0 {
         return Err(Fault::Abort(FSC_TRANSLATION));
     }
 
     let stride = granule - 3;
     let levels = (va_bits - granule).div_ceil(stride);
     let mut level = 4 - levels;
-    let mut table = ttbr & ((1 << 48) - 1) & !1;
+    let mut table = ttbr & TTBR_BADDR;
     // The first table may be smaller than a page: its index has what is left of the address.
     let mut index_bits = va_bits - granule - stride * (levels - 1);
-    table &= !((8u64 << index_bits) - 1) | !0x3f;
+    table &= !((8u64 << index_bits) - 1);
     let (mut table_el0, mut table_ro, mut table_uxn, mut table_pxn) = (true, false, false, false);
     loop {
         let shift = granule + stride * (3 - level);
@@ -168,6 +193,7 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
                 return Ok(Translation {
                     pa: base | va & (size - 1),
                     size,
+                    global: descriptor >> 11 & 1 == 0,
                     attr_index: (descriptor >> 2 & 7) as u8,
                     perms: Permissions {
                         el0: descriptor >> 6 & 1 != 0 && table_el0,
@@ -186,5 +212,5 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
 /// The identity, as with the MMU off.
 fn flat(va: u64) -> Translation {
     let perms = Permissions { el0: true, writable: true, uxn: false, pxn: false };
-    Translation { pa: va, size: 1 << PA_BITS, attr_index: 0, perms, level: 0 }
+    Translation { pa: va, size: 1 << PA_BITS, global: true, attr_index: 0, perms, level: 0 }
 }

@@ -1,11 +1,17 @@
 //! Cached translations: for data a host address a page, for code the page's decoded blocks.
 //!
 //! An entry's tag is the virtual page number in bits 63 to 12 and a generation in bits 11 to 2. A
-//! generation belongs to an address space (an ASID for the lower half, one for the upper half), so
-//! forgetting a space costs nothing: it gets a new generation. Direct-mapped by page number, so that
-//! forgetting one page in all spaces is forgetting one slot.
+//! generation belongs to one half of an address space (its table and its ASID, or all ASIDs where the
+//! upper half has global pages only), so forgetting a space costs nothing: it gets a new generation.
+//! Direct-mapped by page number, so that forgetting one page in all spaces is forgetting one slot.
+//!
+//! Only addresses without a tag in their top byte are remembered, so that a page has one number: bit 63
+//! then says, as bit 55 always does, which half it is in. Other addresses match no entry.
 
-use crate::code::PageCode;
+use crate::{
+    code::PageCode,
+    mmu::{self, Translation},
+};
 
 /// Entries in one bank of data translations.
 pub(crate) const DATA_ENTRIES: usize = 512;
@@ -46,16 +52,31 @@ const NO_TAG: u64 = 3;
 const NO_DATA: DataEntry = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0 };
 const NO_CODE: CodeEntry = CodeEntry { tag: NO_TAG, code: std::ptr::null_mut() };
 
-/// One space of the lower half: TTBR0_EL1 with its ASID.
+/// Half of an address space.
 #[derive(Clone, Copy)]
 struct Space {
-    ttbr0: u64,
+    /// TTBR0_EL1 or TTBR1_EL1.
+    ttbr: u64,
     asid: u16,
+    /// No page that is not global has been met. In the upper half such a space serves every ASID.
+    global: bool,
     generation: u64,
 }
 
-/// Lower-half spaces whose entries are kept over a switch to another one.
+/// Spaces of each half whose entries are kept over a switch to another one.
 const SPACES: usize = 16;
+
+/// The spaces of one half.
+#[derive(Clone, Copy)]
+struct Half {
+    spaces: [Option<Space>; SPACES],
+    current: usize,
+    next: usize,
+}
+
+const LOWER: usize = 0;
+const UPPER: usize = 1;
+const NO_SPACES: Half = Half { spaces: [None; SPACES], current: 0, next: 0 };
 
 /// The translations of one vCPU.
 pub(crate) struct Tlb {
@@ -64,8 +85,7 @@ pub(crate) struct Tlb {
     /// Generations in use, in place in a tag: lower half, upper half.
     pub(crate) generations: [u64; 2],
     next_generation: u64,
-    spaces: [Option<Space>; SPACES],
-    next_space: usize,
+    halves: [Half; 2],
     /// Address ranges mapped by blocks larger than a page, merged where they meet: forgetting any
     /// address of a block forgets all of it.
     blocks: Vec<(u64, u64)>,
@@ -75,18 +95,16 @@ pub(crate) struct Tlb {
 const MAX_BLOCK_RANGES: usize = 64;
 
 impl Tlb {
+    /// Without a space: [`switch_space`](Self::switch_space) comes before anything else.
     pub(crate) fn new() -> Self {
-        let mut tlb = Self {
+        Self {
             data: Box::new([[NO_DATA; DATA_ENTRIES]; 3]),
             code: Box::new([[NO_CODE; CODE_ENTRIES]; 2]),
             generations: [0; 2],
             next_generation: 0,
-            spaces: [None; SPACES],
-            next_space: 0,
+            halves: [NO_SPACES; 2],
             blocks: Vec::with_capacity(MAX_BLOCK_RANGES + 1),
-        };
-        tlb.forget_all();
-        tlb
+        }
     }
 
     /// The slot for `va` in the bank of `regime`.
@@ -108,16 +126,16 @@ impl Tlb {
     }
 
     /// Remembers that reads, and with `writable` writes, of `va`'s page are allowed in `regime` and
-    /// that `host` is where `va` lies. `size` is the size of the page or block that maps it.
+    /// that `host` is where `va` lies.
     pub(crate) fn fill_data(
         &mut self,
         regime: Regime,
         va: u64,
         host: *mut u8,
         writable: bool,
-        size: u64,
+        translation: &Translation,
     ) {
-        self.note_block(va, size);
+        self.note(va, translation);
         let tag = self.tag(va);
         let slot = &mut self.data[regime as usize][(va >> 12) as usize % DATA_ENTRIES];
         *slot = DataEntry {
@@ -128,23 +146,47 @@ impl Tlb {
     }
 
     /// Remembers that `va`'s page may be executed and that its blocks are in `code`.
-    pub(crate) fn fill_code(&mut self, el1: bool, va: u64, code: *mut PageCode, size: u64) {
-        self.note_block(va, size);
+    pub(crate) fn fill_code(
+        &mut self,
+        el1: bool,
+        va: u64,
+        code: *mut PageCode,
+        translation: &Translation,
+    ) {
+        self.note(va, translation);
         let tag = self.tag(va);
         self.code[usize::from(el1)][(va >> 12) as usize % CODE_ENTRIES] = CodeEntry { tag, code };
     }
 
-    /// Goes over to another lower-half space.
-    pub(crate) fn switch_space(&mut self, ttbr0: u64, asid: u16) {
-        let known = self.spaces.iter().flatten().find(|s| s.asid == asid && s.ttbr0 == ttbr0);
-        if let Some(space) = known {
-            self.generations[0] = space.generation;
-            return;
+    /// Goes over to the address space of `ttbr0` and `ttbr1`.
+    pub(crate) fn switch_space(&mut self, ttbr0: u64, ttbr1: u64, asid: u16) {
+        // Numbers may run out at the first of the two, which takes away what it has chosen.
+        while !(self.switch_half(LOWER, ttbr0, asid) && self.switch_half(UPPER, ttbr1, asid)) {}
+    }
+
+    /// False if all entries and spaces were dropped meanwhile.
+    fn switch_half(&mut self, half: usize, ttbr: u64, asid: u16) -> bool {
+        let Half { spaces, .. } = &self.halves[half];
+        let is_it = |space: &Space| {
+            let any_asid = half == UPPER && space.global;
+            space.ttbr == ttbr && (space.asid == asid || any_asid)
+        };
+        let known = spaces.iter().position(|space| space.as_ref().is_some_and(is_it));
+        if let Some((n, space)) =
+            known.and_then(|n| Some((n, self.halves[half].spaces[n].as_mut()?)))
+        {
+            space.asid = asid;
+            self.generations[half] = space.generation;
+            self.halves[half].current = n;
+            return true;
         }
-        let generation = self.fresh_generation();
-        self.spaces[self.next_space] = Some(Space { ttbr0, asid, generation });
-        self.next_space = (self.next_space + 1) % SPACES;
-        self.generations[0] = generation;
+        let (generation, dropped) = self.fresh_generation();
+        let Half { spaces, current, next } = &mut self.halves[half];
+        spaces[*next] = Some(Space { ttbr, asid, global: true, generation });
+        *current = *next;
+        *next = (*next + 1) % SPACES;
+        self.generations[half] = generation;
+        !dropped
     }
 
     /// Forgets one page in every space.
@@ -164,12 +206,14 @@ impl Tlb {
         }
     }
 
-    /// Forgets the lower-half spaces of `asid`. As after [`forget_all`](Self::forget_all) the caller
-    /// goes on with [`switch_space`](Self::switch_space).
+    /// Forgets the spaces of `asid` but for upper halves that have global pages only. As after
+    /// [`forget_all`](Self::forget_all) the caller goes on with [`switch_space`](Self::switch_space).
     pub(crate) fn forget_asid(&mut self, asid: u16) {
-        for space in &mut self.spaces {
-            if space.is_some_and(|s| s.asid == asid) {
-                *space = None;
+        for (half, spaces) in self.halves.iter_mut().enumerate() {
+            for space in &mut spaces.spaces {
+                if space.is_some_and(|s| s.asid == asid && !(half == UPPER && s.global)) {
+                    *space = None;
+                }
             }
         }
     }
@@ -177,23 +221,32 @@ impl Tlb {
     /// Forgets everything.
     pub(crate) fn forget_all(&mut self) {
         self.blocks.clear();
-        self.spaces = [None; SPACES];
-        let generation = self.fresh_generation();
-        self.generations = [generation; 2];
+        self.halves = [NO_SPACES; 2];
     }
 
-    /// A generation that no entry has.
-    fn fresh_generation(&mut self) -> u64 {
+    /// A generation that no entry has, and whether all entries and spaces were dropped for it.
+    fn fresh_generation(&mut self) -> (u64, bool) {
         self.next_generation += 1 << 2;
-        if self.next_generation >= 1 << 12 {
+        let dropped = self.next_generation >= 1 << 12;
+        if dropped {
             self.next_generation = 1 << 2;
             self.data.iter_mut().for_each(|bank| bank.fill(NO_DATA));
             self.code.iter_mut().for_each(|bank| bank.fill(NO_CODE));
-            self.spaces = [None; SPACES];
-            // The upper half's entries are gone; it shares the first number of the new round.
-            self.generations = [self.next_generation; 2];
+            self.halves = [NO_SPACES; 2];
         }
-        self.next_generation
+        (self.next_generation, dropped)
+    }
+
+    /// Takes note of what an entry for `va` brings into its half.
+    fn note(&mut self, va: u64, translation: &Translation) {
+        debug_assert_eq!(va, mmu::untagged(va), "one page has one number");
+        self.note_block(va, translation.size);
+        if !translation.global {
+            let Half { spaces, current, .. } = &mut self.halves[usize::from(mmu::is_upper(va))];
+            if let Some(space) = &mut spaces[*current] {
+                space.global = false;
+            }
+        }
     }
 
     fn note_block(&mut self, va: u64, size: u64) {

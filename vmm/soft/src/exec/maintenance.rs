@@ -11,7 +11,7 @@ use std::{
 use crate::{
     cpu::Cpu,
     mem::Stopped,
-    mmu::{Access, Fault},
+    mmu::{self, Access, Fault},
     op::Op,
     shared::Maintenance,
     tlb::Regime,
@@ -138,8 +138,8 @@ pub(crate) unsafe fn tlbi(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
     let value = cpu.r.x[o.b as usize];
-    // The address is in bits 43 to 0, without its low 12 bits and with bit 55 as sign.
-    let va = ((value << 20) as i64 >> 8) as u64 & !0xfff;
+    // Bits 43 to 0 are the address's bits 55 to 12.
+    let va = mmu::untagged(value << 12);
     let inner_shareable = match o.imm >> 3 {
         3 => true,
         7 => false,
@@ -217,7 +217,7 @@ impl Cpu {
                 self.refresh_space();
             }
             Maintenance::Asid(asid) => {
-                self.tlb.forget_asid(asid);
+                self.tlb.forget_asid(asid & self.asid_bits());
                 self.refresh_space();
             }
             Maintenance::Code(page) => self.code.forget_page(page),

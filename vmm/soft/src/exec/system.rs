@@ -122,13 +122,8 @@ pub(crate) unsafe fn msr(cpu: &mut Cpu, op: *const Op) -> *const Op {
             cpu.space_changed = true;
         }
         sys::TTBR1_EL1 => {
-            let moved = (cpu.sys.ttbr1 ^ value) << 16 != 0;
             cpu.sys.ttbr1 = value;
             cpu.space_changed = true;
-            if moved {
-                cpu.tlb.forget_all();
-                cpu.refresh_space();
-            }
         }
         sys::TCR_EL1 | sys::MAIR_EL1 => {
             let register = if reg == sys::TCR_EL1 { &mut cpu.sys.tcr } else { &mut cpu.sys.mair };

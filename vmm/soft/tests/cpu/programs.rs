@@ -1,62 +1,9 @@
-//! Whole programs on one or more vCPUs, from their words to what is left in registers and memory.
-
-use std::sync::Arc;
+//! Programs with time, exceptions, several vCPUs, and snapshots in between.
 
 use proptest::prelude::*;
-use squib_soft::{Counter, Cpu, CpuState, Exit, Ram, Shared, StateError};
+use squib_soft::{Counter, Cpu, CpuState, Exit, StateError};
 
-const BASE: u64 = 0x8000_0000;
-const SIZE: usize = 4 << 20;
-
-/// Zeroed RAM of [`SIZE`] bytes at [`BASE`], aligned to a page.
-#[repr(align(4096))]
-struct Page(#[expect(dead_code, reason = "only its size and alignment count")] [u8; 4096]);
-
-struct Machine {
-    shared: Arc<Shared>,
-    host: *mut u8,
-}
-
-impl Machine {
-    fn new(counter: Counter) -> Self {
-        let mut pages: Vec<Page> = Vec::new();
-        pages.resize_with(SIZE / 4096, || Page([0; 4096]));
-        let host = pages.as_mut_ptr().cast::<u8>();
-        // SAFETY: the vector lives in `keep` and is not touched as such any more.
-        let ram = unsafe { Ram::new(host, SIZE as u64, BASE, Arc::new(Keep(pages))) };
-        Self { shared: Shared::new(ram, Arc::new(counter)), host }
-    }
-
-    fn write(&self, at: u64, words: &[u32]) {
-        for (n, word) in words.iter().enumerate() {
-            // SAFETY: tests write inside of RAM, while no vCPU runs.
-            unsafe { self.host.add((at - BASE) as usize + 4 * n).cast::<u32>().write(*word) };
-        }
-    }
-
-    fn write64(&self, at: u64, value: u64) {
-        self.write(at, &[value as u32, (value >> 32) as u32]);
-    }
-
-    fn read64(&self, at: u64) -> u64 {
-        // SAFETY: tests read inside of RAM, while no vCPU runs.
-        unsafe { self.host.add((at - BASE) as usize).cast::<u64>().read_volatile() }
-    }
-
-    fn cpu(&self, index: u64) -> Cpu {
-        let mut cpu = Cpu::new(&self.shared, 0x8000_0000 | index);
-        cpu.start(BASE, 0);
-        cpu
-    }
-
-    /// All of RAM, for comparing two machines.
-    fn bytes(&self) -> Vec<u8> {
-        // SAFETY: SIZE bytes of RAM, while no vCPU runs.
-        unsafe { std::slice::from_raw_parts(self.host, SIZE) }.to_vec()
-    }
-}
-
-struct Keep(#[expect(dead_code, reason = "held for its memory")] Vec<Page>);
+use crate::common::{BASE, Machine, SIZE};
 
 /// Counts, mixes, stores and loads; an interrupt of the virtual timer every 777 ticks mixes in ELR
 /// and the counter.
@@ -214,6 +161,45 @@ fn changed_code_is_executed_after_ic_ivau() {
 }
 
 #[test]
+fn a_limit_inside_of_stale_code_executes_nothing_twice() {
+    let machine = Machine::new(Counter::instructions(0));
+    let (driver, code) = (BASE + 0x400, BASE);
+    machine.write(driver, &[0xd400_0022, 0xd61f_00e0]); // hvc #1; br x7
+    let body = [
+        0x9100_0400, // add x0, x0, #1
+        0x9100_0421, // add x1, x1, #1
+        0x9100_0442, // add x2, x2, #1
+        0x9100_0442, // add x2, x2, #1
+        0x9100_0442, // add x2, x2, #1
+        0x1400_00fb, // b driver
+    ];
+    machine.write(code, &body);
+    let mut cpu = machine.cpu(0);
+    cpu.start(driver, 0);
+    let mut go = |at: u64, steps: u64| {
+        while cpu.run(Some(u64::MAX >> 1)) != (Exit::Hvc { imm: 1 }) {}
+        cpu.set_x(7, at);
+        for n in 0..3 {
+            cpu.set_x(n, 0);
+        }
+        let limit = cpu.retired() + 1 + steps;
+        while cpu.run(Some(limit)) != Exit::Limit {}
+        (cpu.x(0), cpu.x(1), cpu.x(2))
+    };
+    assert_eq!(go(code, 6), (1, 1, 3));
+    // Not followed by an IC: the block at `code` stays as it was, and a shorter one comes to stand behind
+    // its first instruction.
+    machine.write(code + 8, &[0x1400_00fe]); // b driver
+    assert_eq!(go(code + 4, 2), (0, 1, 0));
+    for steps in 0..=2 {
+        let (x0, x1, _) = go(code, steps);
+        assert_eq!((x0, x1), (steps.min(1), u64::from(steps > 1)), "{steps} instructions");
+    }
+    let (x0, x1, _) = go(code, 3);
+    assert_eq!((x0, x1), (1, 1), "the third is the old or the new one");
+}
+
+#[test]
 fn atomics_and_exclusives_of_several_vcpus_lose_no_update() {
     const ROUNDS: u64 = 20_000;
     let machine = Machine::new(Counter::host(0));
@@ -296,205 +282,6 @@ fn a_kick_ends_a_run() {
         signals.kick();
         assert_eq!(run.join().unwrap(), Exit::Kicked);
     });
-}
-
-/// Page tables: a 2 MiB (or with 16 KiB pages 32 MiB) identity block would hide page permissions, so
-/// every test page is mapped on its own.
-struct Tables<'a> {
-    machine: &'a Machine,
-    /// log2 of the page size: 12 or 14.
-    granule: u32,
-    next: u64,
-    root: u64,
-}
-
-const VALID_PAGE: u64 = 3 | 1 << 10;
-const USER: u64 = 1 << 6;
-const READ_ONLY: u64 = 1 << 7;
-const PXN: u64 = 1 << 53;
-
-impl<'a> Tables<'a> {
-    fn new(machine: &'a Machine, granule: u32) -> Self {
-        let root = BASE + 0x20_0000;
-        Self { machine, granule, next: root + (1 << granule), root }
-    }
-
-    fn map(&mut self, va: u64, pa: u64, attributes: u64) {
-        let stride = self.granule - 3;
-        let first = if self.granule == 12 { 0 } else { 1 };
-        let mut table = self.root;
-        for level in first..4 {
-            let index = va >> (self.granule + stride * (3 - level)) & ((1 << stride) - 1);
-            let entry = table + 8 * index;
-            if level == 3 {
-                self.machine.write64(entry, pa | attributes);
-                return;
-            }
-            if self.machine.read64(entry) == 0 {
-                self.machine.write64(entry, self.next | 3);
-                self.next += 1 << self.granule;
-            }
-            table = self.machine.read64(entry) & ((1 << 48) - 1) & !((1 << self.granule) - 1);
-        }
-    }
-
-    /// Boot code at EL1 that turns the MMU on and jumps to x9.
-    fn boot(&self) -> Cpu {
-        // 48-bit addresses (4 KiB) or 47-bit (16 KiB, so that the walk begins at level 1).
-        let (tsz, tg) = if self.granule == 12 { (16, 0) } else { (17, 2) };
-        let tcr: u64 = tsz | tg << 14 | 1 << 23;
-        let code = [
-            0xd518_2040, // msr tcr_el1, x0
-            0xd518_2001, // msr ttbr0_el1, x1
-            0xd518_c002, // msr vbar_el1, x2
-            0xd518_1003, // msr sctlr_el1, x3
-            0xd503_3fdf, // isb
-            0xd61f_0120, // br x9
-        ];
-        self.machine.write(BASE, &code);
-        let mut cpu = self.machine.cpu(0);
-        for (n, value) in [(0, tcr), (1, self.root), (2, BASE + 0x8000), (3, 0x30d0_0801)] {
-            cpu.set_x(n, value);
-        }
-        cpu
-    }
-}
-
-/// A handler at the current-EL synchronous vector that shows ESR, FAR and ELR.
-fn install_handler(machine: &Machine) {
-    let code = [
-        0xd538_520a, // mrs x10, esr_el1
-        0xd538_600b, // mrs x11, far_el1
-        0xd538_402c, // mrs x12, elr_el1
-        0xd400_00e2, // hvc #0x7
-    ];
-    machine.write(BASE + 0x8200, &code);
-}
-
-fn translation_works(granule: u32) {
-    let machine = Machine::new(Counter::host(0));
-    let page = 1u64 << granule;
-    let mut tables = Tables::new(&machine, granule);
-    // The boot code and the vectors, by identity.
-    for n in 0..(0x10_000 / page) {
-        tables.map(BASE + n * page, BASE + n * page, VALID_PAGE);
-    }
-    let (code, data, read_only, user, no_exec, no_flag) =
-        (0x40_0000u64, 0x50_0000, 0x60_0000, 0x70_0000, 0x72_0000, 0x74_0000);
-    let at = |n: u64| BASE + 0x4_0000 + n * 0x4000;
-    tables.map(code, at(0), VALID_PAGE);
-    tables.map(data, at(1), VALID_PAGE);
-    tables.map(data + page, at(2), VALID_PAGE);
-    tables.map(read_only, at(3), VALID_PAGE | READ_ONLY);
-    tables.map(user, at(4), VALID_PAGE | USER);
-    tables.map(no_exec, at(5), VALID_PAGE | PXN);
-    tables.map(no_flag, at(6), 3);
-    install_handler(&machine);
-    let run = |words: &[u32], registers: &[(u32, u64)], jump: u64| {
-        machine.write(at(0), words);
-        let mut cpu = tables.boot();
-        cpu.set_x(9, jump);
-        for (n, value) in registers {
-            cpu.set_x(*n, *value);
-        }
-        let exit = cpu.run(None);
-        (exit, cpu)
-    };
-    let store = [0xf900_0085, 0xf940_0086, 0xd400_0022]; // str x5, [x4]; ldr x6, [x4]; hvc #1
-
-    // Across two virtual pages that are not neighbours in RAM by accident of order.
-    let edge = data + page - 3;
-    let (exit, cpu) = run(&store, &[(4, edge), (5, 0x1122_3344_5566_7788)], code);
-    assert_eq!(exit, Exit::Hvc { imm: 1 });
-    assert_eq!(cpu.x(6), 0x1122_3344_5566_7788);
-    assert_eq!(machine.read64(at(1) + page - 8) >> 40, 0x66_7788);
-    assert_eq!(machine.read64(at(2)) & 0xff_ffff_ffff, 0x11_2233_4455);
-
-    let level = 3;
-    let abort = |iss: u64| 0x25u64 << 26 | 1 << 25 | iss;
-    let cases = [
-        (read_only + 8, abort(1 << 6 | 0b1100 | level), "a write to a read-only page"),
-        (no_flag, abort(1 << 6 | 0b1000 | level), "a page without access flag"),
-        (data + 2 * page, abort(1 << 6 | 0b0100 | level), "a page that is not mapped"),
-    ];
-    for (address, esr, what) in cases {
-        let (exit, cpu) = run(&store, &[(4, address), (5, 1)], code);
-        assert_eq!(exit, Exit::Hvc { imm: 7 }, "{what}");
-        assert_eq!((cpu.x(10), cpu.x(11), cpu.x(12)), (esr, address, code), "{what}");
-    }
-    // PAN is set by the exception level's own choice: msr pan, #1 before the store.
-    let with_pan = [0xd500_419f, 0xf900_0085, 0xd400_0022];
-    let (exit, cpu) = run(&with_pan, &[(4, user), (5, 1)], code);
-    assert_eq!(exit, Exit::Hvc { imm: 7 });
-    assert_eq!(cpu.x(10), abort(1 << 6 | 0b1100 | level), "PAN refuses a user page");
-    // sttr works on the user page with PAN set.
-    let unprivileged = [0xd500_419f, 0xf800_0885, 0xd400_0022];
-    let (exit, _) = run(&unprivileged, &[(4, user), (5, 77)], code);
-    assert_eq!(exit, Exit::Hvc { imm: 1 });
-    assert_eq!(machine.read64(at(4)), 77);
-    // Execution.
-    let (exit, cpu) = run(&store, &[], no_exec);
-    assert_eq!(exit, Exit::Hvc { imm: 7 });
-    assert_eq!(cpu.x(10), 0x21 << 26 | 1 << 25 | 0b1100 | level);
-    assert_eq!((cpu.x(11), cpu.x(12)), (no_exec, no_exec));
-    let (exit, cpu) = run(&store, &[], code + 2);
-    assert_eq!(exit, Exit::Hvc { imm: 7 });
-    assert_eq!(cpu.x(10), 0x22 << 26 | 1 << 25, "an unaligned PC");
-}
-
-#[test]
-fn pages_of_4_kib_are_translated_and_protected() {
-    translation_works(12);
-}
-
-#[test]
-fn pages_of_16_kib_are_translated_and_protected() {
-    translation_works(14);
-}
-
-#[test]
-fn tlbi_makes_a_changed_mapping_visible() {
-    let machine = Machine::new(Counter::host(0));
-    let mut tables = Tables::new(&machine, 12);
-    for n in 0..16 {
-        tables.map(BASE + n * 4096, BASE + n * 4096, VALID_PAGE);
-    }
-    let (code, data) = (0x40_0000, 0x50_0000);
-    tables.map(code, BASE + 0x4_0000, VALID_PAGE);
-    tables.map(data, BASE + 0x4_4000, VALID_PAGE);
-    // A page for the level 3 table that maps `data`, so that the guest can change it.
-    let entry = machine.read64(tables.root) & !0xfff & ((1 << 48) - 1);
-    let entry = machine.read64(entry) & !0xfff & ((1 << 48) - 1);
-    let entry = machine.read64(entry + 8 * (data >> 21)) & !0xfff & ((1 << 48) - 1);
-    let slot = entry + 8 * (data >> 12 & 511);
-    let window = 0x60_0000;
-    tables.map(window, slot & !0xfff, VALID_PAGE);
-    machine.write64(BASE + 0x4_4000, 1);
-    machine.write64(BASE + 0x4_5000, 2);
-    install_handler(&machine);
-    let words = [
-        0xf940_0086, // ldr x6, [x4]
-        0xf900_0107, // str x7, [x8]
-        0xd503_3b9f, // dsb ish
-        0xd508_832e, // tlbi vae1is, x14
-        0xd503_3b9f, // dsb ish
-        0xd503_3fdf, // isb
-        0xf940_008f, // ldr x15, [x4]
-        0xd400_0022, // hvc #1
-    ];
-    machine.write(BASE + 0x4_0000, &words);
-    let mut cpu = tables.boot();
-    for (n, value) in [
-        (9, code),
-        (4, data),
-        (7, (BASE + 0x4_5000) | VALID_PAGE),
-        (8, window + (slot & 0xfff)),
-        (14, data >> 12),
-    ] {
-        cpu.set_x(n, value);
-    }
-    assert_eq!(cpu.run(None), Exit::Hvc { imm: 1 });
-    assert_eq!((cpu.x(6), cpu.x(15)), (1, 2));
 }
 
 fn some_state() -> CpuState {

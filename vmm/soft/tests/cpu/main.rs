@@ -1,0 +1,6 @@
+//! Whole programs on one or more vCPUs, from their words to what is left in registers and memory.
+
+mod common;
+mod programs;
+mod tags;
+mod translation;
