@@ -37,8 +37,8 @@ mod reg {
     pub(super) const ID: u64 = 0xfe0;
 }
 
-/// RTCPeriphID0 to 3, RTCPCellID0 to 3.
-const ID_VALUES: [u8; 8] = [0x31, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
+/// RTCPeriphID0 to 3, RTCPCellID0 to 3: part 0x031 of Arm, revision 1.
+const ID_VALUES: [u8; 8] = [0x31, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 const NS_PER_S: u64 = 1_000_000_000;
 
@@ -388,7 +388,7 @@ mod tests {
     fn the_identification_registers_name_a_pl031() {
         let (_, mut rtc) = at(0);
         let mut id = |base: u64| (0..4).fold(0, |id, n| id | rtc.read(base + 4 * n, 4) << (8 * n));
-        assert_eq!(id(0xfe0), 0x0004_1031);
+        assert_eq!(id(0xfe0), 0x0014_1031);
         assert_eq!(id(0xff0), 0xb105_f00d);
         assert_eq!(rtc.read(0xfe1, 4), 0);
     }

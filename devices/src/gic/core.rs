@@ -37,8 +37,9 @@ pub(super) struct Core {
 /// One redistributor with its CPU interface.
 pub(super) struct Cpu {
     // What the guest sees.
-    /// GICR_WAKER.ProcessorSleep: nothing is forwarded to the CPU interface.
-    pub(super) asleep: bool,
+    /// GICR_WAKER.ProcessorSleep. It holds nothing back, as with KVM and QEMU: software that runs
+    /// without firmware expects interrupts without a word to its redistributor.
+    pub(super) processor_sleep: bool,
     /// SGIs and PPIs.
     pub(super) private: Bank,
     pub(super) icc: Icc,
@@ -62,7 +63,7 @@ pub(super) struct Pending {
 impl Cpu {
     pub(super) fn new() -> Self {
         Self {
-            asleep: true,
+            processor_sleep: false,
             private: Bank::new(SGI_MASK),
             icc: Icc::new(),
             spis: [0; SPI_BANKS],
@@ -71,9 +72,9 @@ impl Cpu {
         }
     }
 
-    /// True if `group` is enabled at the CPU interface and the redistributor is awake.
+    /// True if `group` is enabled at the CPU interface.
     fn takes(&self, group: Group) -> bool {
-        !self.asleep && self.icc.group_enabled[group as usize]
+        self.icc.group_enabled[group as usize]
     }
 }
 
@@ -216,9 +217,12 @@ impl Core {
     fn route(&self, index: usize) -> Option<u8> {
         let router = self.routers[index];
         let target = if router & gicd::IROUTER_IRM != 0 {
-            // 1 of N: the first vCPU that takes interrupts of this group.
+            // 1 of N: the first vCPU that takes interrupts of this group, one that is awake if there is.
             let group = self.spis[index / 32].group_of(index as u32 % 32);
-            self.cpus.iter().position(|cpu| cpu.takes(group))?
+            let first = |asleep| {
+                self.cpus.iter().position(|cpu| cpu.takes(group) && cpu.processor_sleep == asleep)
+            };
+            first(false).or_else(|| first(true))?
         } else {
             (0..self.cpus.len()).find(|n| affinity(*n as u32) == router)?
         };

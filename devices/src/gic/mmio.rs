@@ -78,7 +78,7 @@ impl Core {
                 let typer = affinity(vcpu as u32) << 32 | (vcpu as u64) << 8 | last;
                 part(typer, offset, size)
             }
-            (gicr::WAKER, 4) if cpu.asleep => {
+            (gicr::WAKER, 4) if cpu.processor_sleep => {
                 u64::from(gicr::WAKER_PROCESSOR_SLEEP | gicr::WAKER_CHILDREN_ASLEEP)
             }
             (gicr::WAKER, 4) => 0,
@@ -98,7 +98,7 @@ impl Core {
                 self.refresh(vcpu);
             }
         } else if (offset, size) == (gicr::WAKER, 4) {
-            cpu.asleep = value as u32 & gicr::WAKER_PROCESSOR_SLEEP != 0;
+            cpu.processor_sleep = value as u32 & gicr::WAKER_PROCESSOR_SLEEP != 0;
             self.reroute();
         }
     }

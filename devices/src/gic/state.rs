@@ -52,7 +52,7 @@ pub struct BankState {
 /// One redistributor and its CPU interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuState {
-    /// GICR_WAKER.ProcessorSleep.
+    /// GICR_WAKER.ProcessorSleep, which holds nothing back.
     pub processor_sleep: bool,
     /// SGIs and PPIs.
     pub private: BankState,
@@ -157,8 +157,8 @@ impl Core {
 
 impl Cpu {
     fn save(&self) -> CpuState {
-        let Self { asleep, private, icc, spis: _, pending: _, lines: _ } = self;
-        CpuState { processor_sleep: *asleep, private: private.save(), icc: icc.save() }
+        let Self { processor_sleep, private, icc, spis: _, pending: _, lines: _ } = self;
+        CpuState { processor_sleep: *processor_sleep, private: private.save(), icc: icc.save() }
     }
 
     fn load(state: CpuState) -> Result<Self, PersistError> {
@@ -172,7 +172,7 @@ impl Cpu {
             return Err(invalid("cpus.private.line", why));
         }
         let (private, icc) = (Bank::load(private)?, Icc::load(icc)?);
-        Ok(Self { asleep: processor_sleep, private, icc, ..Self::new() })
+        Ok(Self { processor_sleep, private, icc, ..Self::new() })
     }
 }
 

@@ -74,7 +74,6 @@ impl Machine {
             m.set_priority(0, intid, 0xa0);
         }
         for vcpu in 0..vcpus {
-            m.gicr_write(vcpu, 0x14, 0);
             m.gicr_write(vcpu, 0x1_0080, 0xffff_ffff);
             m.gicr_write(vcpu, 0x1_0100, 0xffff_ffff);
             for intid in 0..32 {
@@ -166,7 +165,7 @@ fn nothing_is_signalled_after_reset() {
     assert_eq!(m.ack(0), 1023);
     assert_eq!(m.read(0, ICC_HPPIR1_EL1), 1023);
     assert_eq!(m.read(0, ICC_RPR_EL1), 0xff);
-    assert_eq!(m.gicr_read(0, 0x14), 6, "the redistributor starts asleep");
+    assert_eq!(m.gicr_read(0, 0x14), 0, "the redistributor starts awake");
     assert_eq!(m.gicd.mmio_read(GICD_CTLR, 4), 0x50, "ARE and DS are always set");
 }
 
@@ -367,8 +366,18 @@ fn group_enables_of_distributor_and_interface_both_gate() {
     assert_eq!(m.irq(), 0);
     m.write(0, ICC_IGRPEN1_EL1, 1);
     assert_eq!(m.irq(), 1);
-    m.gicr_write(0, 0x14, 2);
-    assert_eq!((m.irq(), m.gicr_read(0, 0x14)), (0, 6), "asleep");
+}
+
+#[test]
+fn processor_sleep_reads_back_and_holds_no_interrupt_back() {
+    let m = Machine::new(2);
+    m.gicr_write(0, 0x14, u64::MAX);
+    assert_eq!(m.gicr_read(0, 0x14), 6, "ChildrenAsleep follows ProcessorSleep");
+    assert_eq!(m.gicr_read(1, 0x14), 0, "each redistributor has its own");
+    m.gic.set_spi(SPI, true);
+    assert_eq!((m.irq(), m.ack(0)), (1, SPI));
+    m.gicr_write(0, 0x14, 0);
+    assert_eq!(m.gicr_read(0, 0x14), 0);
 }
 
 #[test]
@@ -441,6 +450,9 @@ fn an_spi_for_any_vcpu_goes_to_the_first_that_participates() {
     assert_eq!(m.irq(), 4);
     m.write(0, ICC_IGRPEN1_EL1, 1);
     assert_eq!(m.irq(), 1);
+    m.gicr_write(0, 0x14, 2);
+    m.gicr_write(2, 0x14, 2);
+    assert_eq!(m.irq(), 1, "all of them sleep, and it goes to the first all the same");
 }
 
 #[test]
