@@ -1,6 +1,7 @@
 #![warn(missing_docs)]
 //! What the end-to-end tests and the bench-side tools share.
 
+pub mod away;
 pub mod console;
 pub mod debian;
 pub mod difftest;

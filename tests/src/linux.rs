@@ -31,17 +31,41 @@ pub struct Shell {
 impl Shell {
     /// Boots one with its disk in `folder`; none if the kit is not in the cache.
     pub fn boot(folder: &Path) -> Result<Option<Self>> {
+        let Some(shell) = Self::start(folder, "", 1)? else { return Ok(None) };
+        shell.wait_for_prompt()?;
+        Ok(Some(shell))
+    }
+
+    /// As [`boot`](Self::boot) with more words on the kernel's command line and `cpus` vCPUs, and does not wait for the
+    /// prompt.
+    pub fn start(folder: &Path, words: &str, cpus: u32) -> Result<Option<Self>> {
         let Some(mut config) = scenario::linux(folder)? else { return Ok(None) };
         config.deterministic = None;
+        config.vcpus = cpus;
+        config.cmdline = format!("{} {words}", config.cmdline);
         let shell = Self::of(|console| Ok(Machine::boot(config, console)?))?;
         shell.machine.resume()?;
-        let prompt = shell.console.wait_for(PATIENCE, |text| text.contains("/ # ").then_some(()));
-        prompt.with_context(|| format!("no prompt: {}", shell.console.text()))?;
         Ok(Some(shell))
+    }
+
+    /// Waits until the shell of a guest that boots can be asked.
+    pub fn wait_for_prompt(&self) -> Result<()> {
+        self.wait_for("/ # ")
+    }
+
+    /// Waits until the console shows `text`.
+    pub fn wait_for(&self, text: &str) -> Result<()> {
+        let seen = self.console.wait_for(PATIENCE, |all| all.contains(text).then_some(()));
+        seen.with_context(|| format!("no `{text}`: {}", self.console.text()))
     }
 
     /// Writes a snapshot to `path` and ends the machine.
     pub fn save(self, path: &Path) -> Result<()> {
+        self.snapshot(path)
+    }
+
+    /// Writes a snapshot to `path` and leaves the machine paused.
+    pub fn snapshot(&self, path: &Path) -> Result<()> {
         self.machine.pause(PATIENCE)?;
         let options = CaptureOptions { durability: Durability::None, ..CaptureOptions::default() };
         capture(&self.machine, path, &options)?;

@@ -144,7 +144,8 @@ pub(crate) enum ModeArg {
 pub(crate) enum ClockArg {
     /// The virtual counter goes on from the saved value.
     Freeze,
-    /// It is advanced by the wall time that passed.
+    /// The wall clock is right: up to 6 seconds by moving the counter, more through the RTC, which the guest must follow
+    /// (docs/time.md).
     Advance,
 }
 

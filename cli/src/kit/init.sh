@@ -4,6 +4,7 @@
 # Kernel command line words it knows:
 #   root=DEVICE   mount that ext4 file system and run its /sbin/init (or init=PATH); `ro` mounts it read-only,
 #                 and what stands behind `--` are its arguments
+#   squib.clock=keep  leave the wall clock alone when the RTC has gone ahead (see squib-clock)
 #   squib.demo    the job of `squib demo`: fill the disk, count, answer commands
 # Without them: a shell on the console, which powers the machine off when it ends.
 
@@ -16,13 +17,14 @@ mount -t devpts devpts /dev/pts
 
 while read -r module; do insmod "$module"; done < /lib/modules/squib-boot
 
-root= init=/sbin/init mode=rw job=shell
+root= init=/sbin/init mode=rw job=shell clock=rtc
 read -r cmdline < /proc/cmdline
 for word in $cmdline; do
     case $word in
         root=*) root=${word#root=} job=root ;;
         init=*) init=${word#init=} ;;
         ro) mode=ro ;;
+        squib.clock=*) clock=${word#squib.clock=} ;;
         squib.demo) job=demo ;;
     esac
 done
@@ -82,6 +84,10 @@ demo() {
 
 case $job in
     root) switch "$@" ;;
+esac
+# Another root file system has its own rule, or none.
+[ "$clock" = keep ] || sh /sbin/squib-clock < /dev/null > /dev/null 2>&1 &
+case $job in
     demo) demo; sync; busybox poweroff -f ;;
 esac
 

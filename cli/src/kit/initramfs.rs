@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{KitError, cpio::Archive};
+use super::{CLOCK, KitError, cpio::Archive};
 
 const INIT: &str = include_str!("init.sh");
 
@@ -43,6 +43,7 @@ const MORE_MODULES: &[&str] =
 pub(super) fn recipe() -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(INIT.as_bytes());
+    hasher.update(CLOCK.as_bytes());
     for name in APPLETS.iter().chain(BOOT_MODULES).chain(MORE_MODULES) {
         hasher.update(name.as_bytes());
         hasher.update(b"\0");
@@ -117,6 +118,7 @@ pub(super) fn build(dir: &Path, release: &str) -> Result<Vec<u8>, KitError> {
     }
     let boot: String = boot.iter().map(|name| format!("/{module_dir}/{name}.ko\n")).collect();
     archive.file("lib/modules/squib-boot", 0o644, boot.as_bytes());
+    archive.file("sbin/squib-clock", 0o755, CLOCK.as_bytes());
     archive.file("init", 0o755, INIT.as_bytes());
     Ok(archive.finish())
 }

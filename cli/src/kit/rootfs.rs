@@ -11,7 +11,7 @@ use std::{
 use squib_formats::storage;
 
 use super::{
-    KitError,
+    CLOCK, KitError,
     apt::{self, Apt},
 };
 
@@ -47,6 +47,7 @@ const FREE_MIB: u64 = 128;
 pub(super) fn recipe() -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(INIT.as_bytes());
+    hasher.update(CLOCK.as_bytes());
     for name in PACKAGES {
         hasher.update(name.as_bytes());
         hasher.update(b"\0");
@@ -134,6 +135,7 @@ fn configure(root: &Path, kit: &Path) -> Result<(), KitError> {
     file("etc/hosts", 0o644, b"127.0.0.1 localhost\n127.0.1.1 squib\n")?;
     file("etc/fstab", 0o644, b"/dev/vda / ext4 defaults 0 1\n")?;
     file("usr/sbin/init", 0o755, INIT.as_bytes())?;
+    file("usr/sbin/squib-clock", 0o755, CLOCK.as_bytes())?;
     let busybox = kit.join("busybox");
     file("usr/bin/busybox", 0o755, &fs::read(&busybox).map_err(|e| KitError::io(&busybox, e))?)?;
     for (name, call) in [("poweroff", "poweroff"), ("halt", "poweroff"), ("reboot", "reboot")] {

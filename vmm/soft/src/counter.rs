@@ -15,7 +15,14 @@ pub struct Counter {
 #[derive(Debug)]
 enum Mode {
     /// Follows the host's monotonic clock while it runs.
-    Host { epoch: Instant, running: AtomicBool, value_at_start: AtomicU64, started_at: AtomicU64 },
+    Host {
+        epoch: Instant,
+        running: AtomicBool,
+        value_at_start: AtomicU64,
+        started_at: AtomicU64,
+        /// The end of the lease: see [`Counter::lease`].
+        end: AtomicU64,
+    },
     /// Advanced by the one vCPU of a deterministic machine: one tick an instruction.
     Instructions { value: AtomicU64 },
 }
@@ -29,6 +36,7 @@ impl Counter {
                 running: AtomicBool::new(false),
                 value_at_start: AtomicU64::new(value),
                 started_at: AtomicU64::new(0),
+                end: AtomicU64::new(u64::MAX),
             },
         }
     }
@@ -47,13 +55,16 @@ impl Counter {
     pub fn now(&self) -> u64 {
         match &self.mode {
             Mode::Instructions { value } => value.load(Ordering::Relaxed),
-            Mode::Host { epoch, running, value_at_start, started_at } => {
+            Mode::Host { epoch, running, value_at_start, started_at, end } => {
+                // In this order: `lease` moves the start before the end, and by a reading of the host's
+                // clock that is older than the start that is seen here.
+                let end = end.load(Ordering::Acquire);
                 let base = value_at_start.load(Ordering::Acquire);
                 if !running.load(Ordering::Acquire) {
                     return base;
                 }
-                let elapsed = host_ns(*epoch).saturating_sub(started_at.load(Ordering::Acquire));
-                base.wrapping_add(elapsed)
+                let start = started_at.load(Ordering::Acquire);
+                base.wrapping_add(host_ns(*epoch).saturating_sub(start)).min(end)
             }
         }
     }
@@ -77,16 +88,114 @@ impl Counter {
         }
     }
 
-    /// Sets the value. Called while the counter is stopped and no vCPU runs.
+    /// Sets the value, and ends the lease. Called while the counter is stopped and no vCPU runs.
     pub fn set(&self, ticks: u64) {
         match &self.mode {
             Mode::Instructions { value } => value.store(ticks, Ordering::Relaxed),
-            Mode::Host { value_at_start, .. } => value_at_start.store(ticks, Ordering::Release),
+            Mode::Host { value_at_start, end, .. } => {
+                end.store(u64::MAX, Ordering::Release);
+                value_at_start.store(ticks, Ordering::Release);
+            }
         }
+    }
+
+    /// Lets a running host counter come `ticks` further than it is now, and then stand still. One that stands at
+    /// the end of its last lease goes on from there: vCPUs see nothing of the time in which no thread of the
+    /// process ran. vCPUs may run; two calls at once, or one beside `start`, `stop` or `set`, may not.
+    pub fn lease(&self, ticks: u64) {
+        let Mode::Host { epoch, running, value_at_start, started_at, end } = &self.mode else {
+            return;
+        };
+        if !running.load(Ordering::Acquire) {
+            return;
+        }
+        let start = started_at.load(Ordering::Acquire);
+        let elapsed = host_ns(*epoch).saturating_sub(start);
+        let free = value_at_start.load(Ordering::Acquire).wrapping_add(elapsed);
+        let excess = free.saturating_sub(end.load(Ordering::Acquire));
+        started_at.store(start + excess, Ordering::Release);
+        end.store((free - excess).saturating_add(ticks), Ordering::Release);
     }
 }
 
 fn host_ns(epoch: Instant) -> u64 {
     // 2^64 ns are 584 years.
     epoch.elapsed().as_nanos() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use super::*;
+
+    const LONG: u64 = 3600 * CNTFRQ_HZ;
+
+    #[test]
+    fn a_counter_stands_at_the_end_of_its_lease_and_goes_on_from_there() {
+        let counter = Counter::host(1000);
+        counter.start();
+        counter.lease(5_000_000);
+        while counter.now() < 5_000_000 {
+            thread::yield_now();
+        }
+        thread::sleep(Duration::from_millis(10));
+        let end = counter.now();
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(counter.now(), end);
+        let before = Instant::now();
+        counter.lease(LONG);
+        let now = counter.now();
+        assert!((end..=end + host_ns(before)).contains(&now), "{end} then {now}");
+        thread::sleep(Duration::from_millis(1));
+        assert!(counter.now() > now);
+    }
+
+    #[test]
+    fn a_lease_that_has_not_ended_takes_no_time_away() {
+        let counter = Counter::host(0);
+        let before = Instant::now();
+        counter.start();
+        counter.lease(LONG);
+        let after = Instant::now();
+        thread::sleep(Duration::from_millis(2));
+        counter.lease(LONG);
+        let least = host_ns(after);
+        let now = counter.now();
+        assert!((least..=host_ns(before)).contains(&now), "{least}, {now}");
+    }
+
+    #[test]
+    fn a_counter_never_steps_back_while_its_lease_is_renewed() {
+        let counter = Counter::host(0);
+        counter.start();
+        counter.lease(20_000);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut last = 0;
+                while last < 20_000_000 {
+                    let now = counter.now();
+                    assert!(now >= last, "{last} then {now}");
+                    last = now;
+                }
+            });
+            while !reader.is_finished() {
+                thread::sleep(Duration::from_micros(50));
+                counter.lease(20_000);
+            }
+            reader.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_counter_that_is_set_has_no_lease() {
+        let counter = Counter::host(0);
+        counter.start();
+        counter.lease(0);
+        counter.stop();
+        counter.set(LONG);
+        counter.start();
+        thread::sleep(Duration::from_millis(1));
+        assert!(counter.now() > LONG);
+    }
 }

@@ -130,6 +130,10 @@ pub trait SystemCounter: Send + Sync {
     fn stop(&self);
     /// Sets the value. Called while it is stopped.
     fn set(&self, ticks: u64);
+    /// Lets it come `ticks` further than it is now, and then stand still; one that stands at the end of its last
+    /// lease goes on from there. So the guest sees nothing of the time in which this process was stopped. vCPUs
+    /// may run. A counter of the hardware cannot be held while they do, and ignores it.
+    fn lease(&self, _ticks: u64) {}
 }
 
 /// One vCPU, on its own thread.
@@ -148,6 +152,9 @@ pub trait Vcpu {
     /// False if nothing but a kick or a device can ever end the wait and `block` is false; then it
     /// returns at once.
     fn wait(&mut self, block: bool) -> Result<bool, HypervisorError>;
+
+    /// Whether a timer of the guest has fired and the guest has not set it anew. The counter is stopped.
+    fn timer_due(&mut self) -> Result<bool, HypervisorError>;
 
     /// X0 to X30 by number.
     fn x(&mut self, n: u8) -> Result<u64, HypervisorError>;

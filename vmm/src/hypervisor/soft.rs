@@ -198,6 +198,10 @@ impl SystemCounter for SoftCounter {
     fn set(&self, ticks: u64) {
         self.0.set(ticks);
     }
+
+    fn lease(&self, ticks: u64) {
+        self.0.lease(ticks);
+    }
 }
 
 struct SoftKick(Arc<Signals>);
@@ -287,6 +291,10 @@ impl Vcpu for SoftVcpu {
             None => return Ok(false),
         }
         Ok(true)
+    }
+
+    fn timer_due(&mut self) -> Result<bool, HypervisorError> {
+        Ok(self.cpu.next_timer().is_some_and(|at| at <= self.counter.now()))
     }
 
     fn x(&mut self, n: u8) -> Result<u64, HypervisorError> {

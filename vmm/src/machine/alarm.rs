@@ -65,6 +65,13 @@ impl AlarmClock {
         }
     }
 
+    /// Makes the thread look at the wall clock at once.
+    pub(super) fn look_again(&self) {
+        // Taking the lock orders what has changed against a thread that is about to sleep.
+        drop(self.state.lock());
+        self.changed.notify_all();
+    }
+
     /// Ends [`watch`](Self::watch).
     pub(super) fn close(&self) {
         self.state.lock().open = false;
@@ -84,9 +91,7 @@ impl MachineDevice for AlarmClock {
 
     fn mmio_write(&self, offset: u64, size: u8, value: u64) {
         self.rtc.mmio_write(offset, size, value);
-        // Taking the lock orders the write against a thread that is about to sleep.
-        drop(self.state.lock());
-        self.changed.notify_all();
+        self.look_again();
     }
 
     fn pause(&self, deadline: Instant) -> Result<(), PauseError> {

@@ -3,8 +3,9 @@
 use std::{
     collections::{BTreeMap, HashSet},
     io::Write,
-    sync::{Arc, mpsc},
+    sync::{Arc, OnceLock, mpsc},
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use parking_lot::{Condvar, Mutex};
@@ -23,8 +24,10 @@ use super::{
     devices,
     gate::Gate,
     section_name, state_error,
+    time::TimeKeeper,
     types::{
-        ClockPolicy, Contents, Identity, MachineError, Outcome, RestoreOptions, TimeState, Timings,
+        ClockPolicy, Contents, Identity, MachineError, Outcome, RestoreOptions, TimeAway,
+        TimeState, Timings,
     },
     vcpu::{Board, vcpu_thread},
 };
@@ -104,6 +107,15 @@ impl Machine {
         };
         ram.granules().on_failure(ends());
         built.disks.iter().for_each(|disk| disk.on_failure(ends()));
+        let control = Arc::new(Mutex::new(Control { paused: true, holds: 0 }));
+        let keeper = TimeKeeper::new(
+            &config,
+            Arc::clone(&board),
+            Arc::clone(&counter),
+            Arc::clone(&clock),
+            Arc::clone(&built.alarm),
+            Arc::clone(&control),
+        );
         let mut machine = Self {
             ram,
             board,
@@ -111,13 +123,15 @@ impl Machine {
             disks: built.disks,
             counter,
             clock,
+            keeper: Arc::clone(&keeper),
+            time_away: OnceLock::new(),
             generation: built.generation,
             alarm: Arc::clone(&built.alarm),
             console: ConsoleInput::new(Arc::clone(&feed)),
             output: Arc::clone(&output),
             writer: None,
             threads: Vec::new(),
-            control: Mutex::new(Control { paused: true, holds: 0 }),
+            control,
             released: Condvar::new(),
             attached: Mutex::default(),
             config,
@@ -129,6 +143,7 @@ impl Machine {
         machine.start_vcpus()?;
         let offer = built.offer;
         machine.spawn("rtc-alarm", move || built.alarm.watch())?;
+        machine.spawn("time", move || keeper.watch())?;
         machine.spawn("console-in", move || feed.pump(offer))?;
         machine.writer = Some(spawn("console-out", move || output.write_to(console))?);
         Ok(machine)
@@ -261,22 +276,28 @@ impl Machine {
             let why = format!("{frequency} Hz, this backend's counter has {here} Hz");
             return Err(PersistError::invalid(TimeState::KIND, "frequency", why));
         }
-        let away_ns = match clock {
-            ClockPolicy::Advance if self.config.deterministic.is_none() => {
-                // The wall clock may have been set back: then no time has passed.
-                self.clock.wall_ns().saturating_sub(*wall_ns)
-            }
-            _ => 0,
-        };
-        let away = u128::from(away_ns) * u128::from(here) / NANOS;
-        let ticks = u64::try_from(away).ok().and_then(|away| counter.checked_add(away));
-        match ticks.filter(|ticks| *ticks <= MOST_TICKS) {
-            Some(ticks) => self.counter.set(ticks),
-            None => {
-                let why = format!("{counter} ticks and {away} more are above {MOST_TICKS}");
-                return Err(PersistError::invalid(TimeState::KIND, "counter", why));
-            }
+        if *counter > MOST_TICKS {
+            let why = format!("{counter} ticks are above {MOST_TICKS}");
+            return Err(PersistError::invalid(TimeState::KIND, "counter", why));
         }
+        self.counter.set(*counter);
+        self.keeper.set_policy(clock);
+        let now = self.clock.wall_ns();
+        let away = match clock {
+            ClockPolicy::Freeze => TimeAway::Frozen,
+            ClockPolicy::Advance if self.config.deterministic.is_some() => TimeAway::Deterministic,
+            ClockPolicy::Advance => match now.checked_sub(*wall_ns) {
+                None => TimeAway::WentBack { by: Duration::from_nanos(wall_ns - now) },
+                Some(_) if *counter > MOST_TICKS - self.keeper.most_ticks() => {
+                    TimeAway::CounterAtEnd
+                }
+                Some(away) => {
+                    let away = Duration::from_nanos(away);
+                    TimeAway::Advanced { away, counter: self.keeper.make_up(away) }
+                }
+            },
+        };
+        self.time_away.get_or_init(|| away);
         Ok(())
     }
 }

@@ -27,13 +27,14 @@ mod gate;
 mod places;
 #[cfg(test)]
 mod tests;
+mod time;
 mod types;
 mod vcpu;
 
 use std::{
     any::Any,
     io::Write,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -53,10 +54,10 @@ pub use console::ConsoleInput;
 pub use places::{Place, irq_chip, places};
 pub use types::{
     ClockPolicy, Contents, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState,
-    RunUntil, TimeState, Timings,
+    RunUntil, TimeAway, TimeState, Timings,
 };
 
-use self::{alarm::AlarmClock, console::Output, vcpu::Board};
+use self::{alarm::AlarmClock, console::Output, time::TimeKeeper, vcpu::Board};
 use crate::{
     boot,
     config::MachineConfig,
@@ -86,13 +87,15 @@ pub struct Machine {
     alarm: Arc<AlarmClock>,
     counter: Arc<dyn SystemCounter>,
     clock: Arc<dyn Clock>,
+    keeper: Arc<TimeKeeper>,
+    time_away: OnceLock<TimeAway>,
     console: ConsoleInput,
     output: Arc<Output>,
     /// Carries console output to the host; it may hang there.
     writer: Option<JoinHandle<()>>,
     threads: Vec<JoinHandle<()>>,
     /// Held through each change of the run state.
-    control: Mutex<Control>,
+    control: Arc<Mutex<Control>>,
     /// Woken when the last hold is given back.
     released: Condvar,
     attached: Mutex<Vec<Box<dyn Any + Send>>>,
@@ -121,7 +124,8 @@ struct Part {
 }
 
 impl Machine {
-    /// A paused machine whose first instruction is the kernel's. What the guest writes to its console
+    /// A paused machine whose first instruction is the kernel's. Its clock policy is
+    /// [`ClockPolicy::Advance`]. What the guest writes to its console
     /// goes to `console`, from a thread of its own; while that is behind by 64 KiB the guest waits.
     pub fn boot(
         config: MachineConfig,
@@ -139,6 +143,7 @@ impl Machine {
             return Err(MachineError::Granule { pages: entry.page_size, backend });
         }
         machine.first_identity()?;
+        machine.keeper.set_policy(ClockPolicy::Advance);
         machine.on_vcpu(0, move |vcpu| vcpu.start(entry.pc, entry.fdt))??;
         machine.board.vm.check()?;
         Ok(machine)
@@ -356,6 +361,11 @@ impl Machine {
         self.output.drain(timeout)
     }
 
+    /// What a restore made of the time since the save; none in a machine that was booted.
+    pub fn time_away(&self) -> Option<TimeAway> {
+        self.time_away.get().copied()
+    }
+
     /// The time that this machine saves now.
     pub fn time(&self) -> TimeState {
         TimeState {
@@ -376,6 +386,7 @@ impl Machine {
 
     /// The third step of a pause, or everything wakes again.
     fn settle(&self, until: Instant) -> Result<(), MachineError> {
+        self.keeper.stopping();
         self.counter.stop();
         self.console.hold();
         for part in &self.devices {
@@ -394,6 +405,7 @@ impl Machine {
         }
         self.console.release();
         self.counter.start();
+        self.keeper.started();
         self.board.gate.open(limit).map_err(MachineError::Ended)
     }
 
@@ -433,6 +445,7 @@ impl Drop for Machine {
     /// is lost. A vCPU that the backend cannot get out of the guest stays there, with the machine's memory.
     fn drop(&mut self) {
         self.console.close();
+        self.keeper.close();
         self.alarm.close();
         self.output.hurry(true);
         let stuck = self.board.gate.dismiss(PARTING);

@@ -96,14 +96,40 @@ pub enum Identity {
     Clone,
 }
 
-/// What the virtual counter shows after a restore. It never steps back.
+/// What the virtual counter makes of the time in which the guest could not run: between a save and a restore,
+/// while the process was stopped, while the host was suspended. It never steps back, and a
+/// [pause](super::Machine::pause) is no such time. The RTC shows the host's wall clock in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ClockPolicy {
-    /// It goes on from the saved value.
+    /// It goes on from where it was.
     #[default]
     Freeze,
-    /// It is advanced by the wall-clock time since the save. Not on a deterministic machine.
+    /// It is moved by the wall-clock time that passed if that is at most 6 seconds, in steps that the guest does not
+    /// take for a hang. A longer time is left to the guest's RTC. Not on a deterministic machine.
     Advance,
+}
+
+/// What a restore made of the time since the save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeAway {
+    /// The counter goes on from the saved value, as [`ClockPolicy::Freeze`] says.
+    Frozen,
+    /// [`ClockPolicy::Advance`] does nothing to a deterministic machine, which has a time of its own.
+    Deterministic,
+    /// The counter is moved.
+    Advanced {
+        /// The wall-clock time since the save.
+        away: Duration,
+        /// By how much the counter moves, the first second or two that the guest runs included.
+        counter: Duration,
+    },
+    /// The host's wall clock is behind the one of the save: the counter goes on from the saved value.
+    WentBack {
+        /// By so much.
+        by: Duration,
+    },
+    /// The counter is too near its end to be moved, and goes on from the saved value.
+    CounterAtEnd,
 }
 
 /// Choices of a restore.

@@ -1,6 +1,6 @@
 //! `squib snapshot restore`.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use squib_devices::memory::GuestRam;
 use squib_formats::snapshot_dir::Snapshot;
@@ -15,7 +15,7 @@ use squib_snapshot::{
 };
 use squib_vmm::{
     hypervisor::HypervisorError,
-    machine::{self, ClockPolicy, Identity, MachineError},
+    machine::{self, ClockPolicy, Identity, MachineError, TimeAway},
 };
 
 use crate::{
@@ -56,6 +56,7 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
                 );
             }
         }
+        say_time(restored.machine.time_away());
         note(phases, &restored);
         memory = Some(restored.machine.ram().clone());
         Ok(restored.machine)
@@ -67,6 +68,45 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
         note_working_set(args, &memory);
     }
     code
+}
+
+/// What became of the time since the snapshot, unless it stands still as by default.
+fn say_time(away: Option<TimeAway>) {
+    match away {
+        None | Some(TimeAway::Frozen) => {}
+        Some(TimeAway::Deterministic) => {
+            eprintln!(
+                "squib: the clock is not advanced: a deterministic guest has a time of its own"
+            );
+        }
+        Some(TimeAway::WentBack { by }) => eprintln!(
+            "squib: the clock is not advanced: this host's is {} behind the one that the snapshot was taken by",
+            time(by)
+        ),
+        Some(TimeAway::CounterAtEnd) => {
+            eprintln!("squib: the clock is not advanced: the guest's counter is too near its end");
+        }
+        Some(TimeAway::Advanced { away, counter }) if away == counter => {
+            eprintln!("squib: the guest was away for {}; its counter makes up for it", time(away));
+        }
+        Some(TimeAway::Advanced { away, counter: _ }) => eprintln!(
+            "squib: the guest was away for {}; its RTC shows it, for the guest to set its clock by (docs/time.md)",
+            time(away)
+        ),
+    }
+}
+
+/// A length of time in its two largest units.
+fn time(time: Duration) -> String {
+    let all = time.as_secs();
+    let (days, hours) = (all / 86_400, all / 3600 % 24);
+    let (minutes, seconds) = (all / 60 % 60, all % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{:.1} s", time.as_secs_f64()),
+        (0, 0, _) => format!("{minutes} min {seconds} s"),
+        (0, _, _) => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
 }
 
 /// Writes down what the guest has needed. That cannot fail the restore, which is over.

@@ -401,6 +401,11 @@ impl Vcpu for HvfVcpu {
         Ok(true)
     }
 
+    /// The virtual timer's; the physical one is no part of what the framework reports.
+    fn timer_due(&mut self) -> Result<bool, HypervisorError> {
+        Ok(self.timer()?.is_some_and(|at| at <= self.machine.counter.now()))
+    }
+
     fn x(&mut self, n: u8) -> Result<u64, HypervisorError> {
         Ok(self.general(n)?)
     }

@@ -45,6 +45,7 @@ struct Strings {
     /// Kicks do not reach the guest.
     deaf: bool,
     runs: u64,
+    timer_due: bool,
     registers: Option<VcpuState>,
     reads: Vec<u64>,
     entered: Option<(u64, u64)>,
@@ -59,6 +60,11 @@ impl Puppet {
     pub(super) fn set_deaf(&self, deaf: bool) {
         self.state.lock().deaf = deaf;
         self.changed.notify_all();
+    }
+
+    /// The guest does not take its timer's interrupt.
+    pub(super) fn set_timer_due(&self, due: bool) {
+        self.state.lock().timer_due = due;
     }
 
     /// Waits until the guest has been entered more than `before` times.
@@ -118,6 +124,8 @@ impl FakeVm {
 pub(super) struct FakeCounter {
     pub(super) value: AtomicU64,
     pub(super) running: AtomicBool,
+    /// What it was set to.
+    pub(super) sets: Mutex<Vec<u64>>,
 }
 
 #[derive(Default)]
@@ -159,6 +167,7 @@ impl SystemCounter for FakeCounter {
     }
 
     fn set(&self, ticks: u64) {
+        self.sets.lock().push(ticks);
         self.value.store(ticks, Ordering::Relaxed);
     }
 }
@@ -276,6 +285,10 @@ impl Vcpu for FakeVcpu {
             self.puppet.changed.wait(&mut state);
         }
         Ok(true)
+    }
+
+    fn timer_due(&mut self) -> Result<bool, HypervisorError> {
+        Ok(self.puppet.state.lock().timer_due)
     }
 
     fn x(&mut self, n: u8) -> Result<u64, HypervisorError> {

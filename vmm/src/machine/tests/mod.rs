@@ -258,7 +258,7 @@ fn a_counter_of_another_frequency_or_at_its_end_is_refused() {
 }
 
 #[test]
-fn an_advanced_clock_shows_the_time_away_and_never_steps_back() {
+fn an_advanced_clock_begins_with_one_step_and_never_steps_back() {
     let advanced = |wall: fn(u64) -> u64| {
         let mut sections = saved();
         let mut time: TimeState = sections.pop().unwrap().decode().unwrap();
@@ -269,9 +269,61 @@ fn an_advanced_clock_shows_the_time_away_and_never_steps_back() {
         machine.take_over(machine.sort(sections).unwrap(), options).unwrap();
         vm.counter.now()
     };
-    // The fake counter has 1000 ticks a second.
-    assert!(advanced(|wall| wall - 1_000_000_000 * 3600) >= 123 + 3_600_000);
+    // The fake counter has 1000 ticks a second, and a second is the first step.
+    assert_eq!(advanced(|wall| wall - 1_000_000_000 * 3), 123 + 1000);
+    assert_eq!(advanced(|wall| wall - 1_000_000_000 * 3600), 123 + 1000);
     assert_eq!(advanced(|wall| wall + 1_000_000_000 * 3600), 123);
+}
+
+/// A machine that was away for `seconds`, with its counter at 123 when it was saved.
+fn away(seconds: u64) -> (Arc<FakeVm>, Machine) {
+    let mut sections = saved();
+    let mut time: TimeState = sections.pop().unwrap().decode().unwrap();
+    time.wall_ns -= seconds * 1_000_000_000;
+    sections.push(Section::encode("0", &time).unwrap());
+    let (vm, machine) = machine_of(2);
+    let options = RestoreOptions { clock: ClockPolicy::Advance, ..RestoreOptions::default() };
+    machine.take_over(machine.sort(sections).unwrap(), options).unwrap();
+    (vm, machine)
+}
+
+#[test]
+fn the_counter_makes_up_for_some_seconds_in_steps_and_not_for_more() {
+    let (vm, machine) = away(3);
+    let (long, left_alone) = away(7);
+    machine.resume().unwrap();
+    left_alone.resume().unwrap();
+    // The save was some milliseconds ago.
+    while vm.counter.now() < 123 + 3000 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let sets = vm.counter.sets.lock().clone();
+    assert_eq!(sets[..2], [123, 123 + 1000]);
+    assert!(sets[1..].windows(2).all(|pair| pair[1] - pair[0] <= 500), "{sets:?}");
+    assert!(vm.puppets[0].runs() + 2 >= sets.len() as u64, "it runs between steps: {sets:?}");
+    assert_eq!(long.counter.now(), 123 + 1000);
+}
+
+#[test]
+fn a_guest_that_does_not_take_its_ticks_gets_no_steps() {
+    let (vm, machine) = away(3);
+    vm.puppets[0].set_timer_due(true);
+    machine.resume().unwrap();
+    // Each step that is refused lets it run again.
+    vm.puppets[0].wait_run(3);
+    assert_eq!(vm.counter.now(), 123 + 1000);
+}
+
+#[test]
+fn a_pause_is_no_time_away() {
+    let (vm, machine) = machine_of(1);
+    machine.keeper.set_policy(ClockPolicy::Advance);
+    machine.resume().unwrap();
+    machine.pause(AMPLE).unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    machine.resume().unwrap();
+    vm.puppets[0].wait_run(1);
+    assert_eq!(vm.counter.now(), 0);
 }
 
 #[test]
