@@ -75,21 +75,19 @@ fn say_time(away: Option<TimeAway>) {
     match away {
         None | Some(TimeAway::Frozen) => {}
         Some(TimeAway::Deterministic) => {
-            eprintln!(
-                "squib: the clock is not advanced: a deterministic guest has a time of its own"
-            );
+            say!("squib: the clock is not advanced: a deterministic guest has a time of its own");
         }
-        Some(TimeAway::WentBack { by }) => eprintln!(
+        Some(TimeAway::WentBack { by }) => say!(
             "squib: the clock is not advanced: this host's is {} behind the one that the snapshot was taken by",
             time(by)
         ),
         Some(TimeAway::CounterAtEnd) => {
-            eprintln!("squib: the clock is not advanced: the guest's counter is too near its end");
+            say!("squib: the clock is not advanced: the guest's counter is too near its end");
         }
         Some(TimeAway::Advanced { away, counter }) if away == counter => {
-            eprintln!("squib: the guest was away for {}; its counter makes up for it", time(away));
+            say!("squib: the guest was away for {}; its counter makes up for it", time(away));
         }
-        Some(TimeAway::Advanced { away, counter: _ }) => eprintln!(
+        Some(TimeAway::Advanced { away, counter: _ }) => say!(
             "squib: the guest was away for {}; its RTC shows it, for the guest to set its clock by (docs/time.md)",
             time(away)
         ),
