@@ -104,6 +104,7 @@ pub(crate) fn write(
         dependents_in: if params.force { children_of(&params.snapshot_path) } else { Vec::new() },
         after: if params.stop { After::Stop } else { After::GoOn },
         live: params.live,
+        with_kernel: params.with_kernel,
         disks: disk_modes(machine.config(), &params.disk_mode),
         reflink: !params.no_reflink,
         image: ImageOptions {

@@ -13,9 +13,10 @@ pub enum Code {
     Failed,
     /// The command line, or a file that it names, cannot be used.
     Usage,
-    /// The guest asked for a reset (a kernel panic does too).
+    /// The guest asked for a reset.
     GuestReset,
-    /// The guest cannot go on: a vCPU met something that it cannot execute or survive.
+    /// The guest cannot go on: its kernel panicked, or a vCPU met something that it cannot execute or
+    /// survive.
     GuestCrash,
     /// A snapshot could not be written, is damaged, or does not fit here.
     Snapshot,
@@ -50,8 +51,8 @@ Exit codes:
   0    the guest powered off, or the command did what it was asked to
   1    something on the host failed
   2    the command line, or a file that it names, cannot be used
-  3    the guest asked for a reset (a kernel panic does too)
-  4    the guest crashed
+  3    the guest asked for a reset
+  4    the guest crashed: its kernel panicked, or a vCPU cannot go on
   5    a snapshot could not be written, is damaged, or does not fit here
   6    no such running VM, or it did not do what it was told
   7    a comparison did not hold

@@ -7,11 +7,15 @@ use std::{
     time::Instant,
 };
 
-use squib_vmm::machine::{Machine, MachineError, Outcome};
+use squib_vmm::{
+    config::{MachineConfig, OnReset},
+    machine::{Machine, MachineError, Outcome},
+};
 
 use crate::{
     api::server::Server,
     args::VmArgs,
+    commands::run,
     console::{Console, Output},
     events::{self, Event},
     exit::{Code, Failure, Result, WithCode},
@@ -29,8 +33,8 @@ pub(crate) struct Session<'a> {
     pub(crate) args: &'a VmArgs,
     /// When the process began.
     pub(crate) started: Instant,
-    /// Boot again when the guest asks for a reset.
-    pub(crate) restart: bool,
+    /// Readies the configuration of a machine that is to boot again, or says why it cannot.
+    pub(crate) reboot: &'a dyn Fn(&mut MachineConfig) -> Result,
     /// Leave the guest paused at first.
     pub(crate) paused: bool,
 }
@@ -58,6 +62,7 @@ impl Session<'_> {
 
         let (output, drain) = Output::new(output::Stdout)?;
         let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut phases)?);
+        let restart = machine.config().on_reset == OnReset::Restart;
         let vm = Arc::new(Vm::new(self.name, machine.clone(), events.clone()));
         let server = Server::start(listener, vm.clone())?;
         dir.publish(&socket).code(Code::Failed)?;
@@ -90,10 +95,18 @@ impl Session<'_> {
             // The sender is also held here, so that there is always an event to come.
             let event = happened.recv().map_err(anyhow::Error::from)?;
             match event {
-                Event::Guest(Outcome::Reset) if self.restart => {
+                Event::Guest(outcome @ (Outcome::Reset | Outcome::Panic)) if restart => {
+                    // Between two machines there is none to be restarted.
+                    let Some(mut next) = vm.machine().map(|machine| machine.reboot()) else {
+                        break End::Guest(outcome);
+                    };
+                    if outcome == Outcome::Panic {
+                        say!("squib: {outcome}; it boots again");
+                    }
+                    (self.reboot)(&mut next.config)?;
                     vm.retire();
-                    let mut unused = Phases::new(Instant::now());
-                    let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut unused)?);
+                    let machine = next.boot(Box::new(output.clone())).map_err(run::failure)?;
+                    let machine = Arc::new(machine);
                     vm.replace(machine.clone());
                     machine.resume().code(Code::Failed)?;
                     watch(machine, events.clone())?;
@@ -129,6 +142,9 @@ impl End {
             Self::Guest(outcome @ Outcome::Reset) => {
                 say!("squib: {outcome}; `--on-reset restart` boots again");
                 Ok(Code::GuestReset)
+            }
+            Self::Guest(outcome @ Outcome::Panic) => {
+                Err(Failure::new(Code::GuestCrash, anyhow::anyhow!("{outcome}")))
             }
             Self::Guest(Outcome::Crashed(crash)) => Err(Failure::new(Code::GuestCrash, crash)),
             Self::Guest(Outcome::Damaged(why)) => {

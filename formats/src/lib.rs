@@ -2,6 +2,7 @@
 //! [`Persist`](persist::Persist) trait. Knows no virtual machine.
 #![forbid(unsafe_code)]
 
+pub mod boot_files;
 pub mod chain;
 pub mod codec;
 #[cfg(any(test, feature = "contract"))]

@@ -1,6 +1,7 @@
 //! A snapshot written again with the frames of its memory in another order.
 
 use crate::{
+    boot_files::copy_boot_files,
     digest::Digest,
     error::FormatError,
     image::{Control, ImageReader, reorder_image},
@@ -36,5 +37,6 @@ pub fn reorder_snapshot(
         let first = if record.name == MEMORY_IMAGE { first } else { &[] };
         images.push(reorder_image(&mut staging, &image, first, control)?.record);
     }
+    copy_boot_files(&mut staging, snapshot)?;
     staging.publish(Manifest { images, sections, files: Vec::new(), ..manifest.clone() })
 }

@@ -32,6 +32,7 @@ use squib_vmm::{
 
 pub use crate::disks::DiskError;
 use crate::{
+    boot_files::{self, BootFileError},
     config,
     disks::{self, Disk, FrozenDisk},
     memory::{FrozenSource, PublishedBaseline},
@@ -176,6 +177,8 @@ pub struct CaptureOptions<'a> {
     /// both share what lies on the storage. Not a disk of which the parent has an image, or that is not all there
     /// yet, since it is being restored.
     pub reflink: bool,
+    /// Put the kernel and the initrd into the snapshot.
+    pub with_kernel: bool,
     /// Make it a difference to this snapshot, which must stay for as long as the new one is wanted.
     pub parent: Option<PathBuf>,
     /// Where else snapshots may lie that need one that is to be replaced: see
@@ -201,6 +204,7 @@ impl Default for CaptureOptions<'_> {
             image: ImageOptions::default(),
             disks: BTreeMap::new(),
             reflink: true,
+            with_kernel: false,
             parent: None,
             dependents_in: Vec::new(),
             limit: None,
@@ -273,6 +277,9 @@ pub enum CaptureError {
         /// Those that need it.
         dependents: Vec<Dependent>,
     },
+    /// Kernel or initrd are to be put into the snapshot, and they are not where the guest was booted from.
+    #[error(transparent)]
+    BootFile(#[from] BootFileError),
     /// The options name a disk that the machine does not have.
     #[error("the machine has no disk `{id}`")]
     NoSuchDisk {
@@ -331,6 +338,10 @@ fn capture_into(
             disk.try_clone(&staging, parent)?;
         }
         disks.push(disk);
+    }
+
+    if options.with_kernel {
+        boot_files::store(&mut staging, config)?;
     }
 
     let run = &options.run;

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod boot_files;
 pub mod capture;
 pub mod check;
 pub mod compat;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use squib_formats::{
+    boot_files::copy_boot_files,
     chain::MAX_CHAIN,
     digest::Digest,
     error::FormatError,
@@ -71,6 +72,7 @@ pub(crate) fn rewrite(
     let mut staging = Staging::new(output, Existing::Refuse)?;
     staging.durability(durability);
     let sections = write_sections(&mut staging, &sections)?;
+    copy_boot_files(&mut staging, snapshot)?;
     let mut images = Vec::new();
     for record in &manifest.images {
         let phase = match record.name.strip_prefix("disk-") {

@@ -20,13 +20,14 @@ use squib_formats::{
     working_set::WorkingSet,
 };
 use squib_vmm::{
-    config::{BackendKind, ConfigError, MachineConfig},
+    config::{BackendKind, ConfigError, MachineConfig, OnReset},
     hypervisor,
     machine::{self, Contents, Machine, MachineError},
 };
 
 pub use crate::disks::{DiskError, DiskLoad, FinishError, finish_disks};
 use crate::{
+    boot_files::{self, BootFileError, BootFiles},
     compat::{self, Mismatch},
     config,
     disks::{self, ChangedDisks, CheckError, Disks},
@@ -74,6 +75,10 @@ pub struct RestoreOptions<'a> {
     pub disks: DiskLoad,
     /// Identity and time of the machine.
     pub machine: machine::RestoreOptions,
+    /// What a reset by the guest does; `None` for what the snapshot says.
+    pub on_reset: Option<OnReset>,
+    /// What a reset boots again.
+    pub boot_files: BootFiles,
     /// How it runs.
     pub run: Run<'a>,
 }
@@ -86,6 +91,8 @@ pub struct Restored {
     pub id: Digest,
     /// What the snapshot says of itself.
     pub manifest: Manifest,
+    /// Why the machine cannot boot again after a reset, as far as that shows beforehand.
+    pub reboot: Result<(), BootFileError>,
     /// Disks that were made from the snapshot: id and path. They belong to the caller.
     pub disks: Vec<(String, PathBuf)>,
     /// What was read of the memory's image before the guest could run; all zero unless it was eager.
@@ -185,6 +192,8 @@ pub fn restore(
 
     let started = Instant::now();
     options.run.observer.begin(&Phase::Machine);
+    config.on_reset = options.on_reset.unwrap_or(config.on_reset);
+    let reboot = boot_files::place(&snapshot, &options.boot_files, &mut config);
     let contents = Contents { ram: ram.clone(), disks: disks.granules() };
     let sections = sections.into_rest();
     let machine = Machine::restore(config, sections, options.machine, contents, console)?;
@@ -199,6 +208,7 @@ pub fn restore(
         machine,
         id: snapshot.id(),
         manifest: snapshot.manifest().clone(),
+        reboot,
         disks: new_disks,
         memory: loaded,
         timings,

@@ -13,6 +13,9 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const DISK_ID_MAX: usize = 20;
 /// Longest machine name in bytes.
 pub const NAME_MAX: usize = 64;
+/// Word of the kernel command line with which arm64 Linux asks for a warm reset (PSCI SYSTEM_RESET2) after
+/// a panic, and for an ordinary one else.
+pub const WARM_PANIC: &str = "reboot=panic_warm";
 /// RAM comes in multiples of this many bytes.
 pub const MEMORY_STEP: u64 = 2 << 20;
 /// Most RAM, bytes: what a 40-bit physical address space holds above [`map::RAM_BASE`].
@@ -287,9 +290,9 @@ impl MachineConfig {
 }
 
 /// The command line for users who give none: the console on the serial port, an immediate reset on a
-/// panic, and without an initrd the first disk as root file system.
+/// panic that can be told from others, and without an initrd the first disk as root file system.
 pub fn default_cmdline(has_initrd: bool, disks: &[DiskConfig]) -> String {
-    let mut line = "console=ttyS0 panic=-1".to_owned();
+    let mut line = format!("console=ttyS0 panic=-1 {WARM_PANIC}");
     if !has_initrd && let Some(root) = disks.first() {
         line.push_str(if root.read_only { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
     }

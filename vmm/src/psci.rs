@@ -20,6 +20,9 @@ const MIGRATE_INFO_TYPE: u32 = 0x8400_0006;
 const SYSTEM_OFF: u32 = 0x8400_0008;
 const SYSTEM_RESET: u32 = 0x8400_0009;
 const PSCI_FEATURES: u32 = 0x8400_000a;
+const SYSTEM_RESET2: u32 = 0x8400_0012;
+/// The only reset type of SYSTEM_RESET2 that the architecture defines (section 5.17).
+const SYSTEM_WARM_RESET: u64 = 0;
 /// Set in a function identifier: 64-bit arguments.
 const SMC64: u32 = 1 << 30;
 
@@ -65,6 +68,8 @@ pub enum Action {
     SystemOff,
     /// The machine is reset.
     SystemReset,
+    /// The machine is reset, and asked for a warm one.
+    WarmReset,
 }
 
 /// Power of all vCPUs.
@@ -111,6 +116,10 @@ impl Psci {
             }
             SYSTEM_OFF => return Action::SystemOff,
             SYSTEM_RESET => return Action::SystemReset,
+            SYSTEM_RESET2 if arg(1) & 0xffff_ffff == SYSTEM_WARM_RESET => {
+                return Action::WarmReset;
+            }
+            SYSTEM_RESET2 => INVALID_PARAMETERS,
             _ => NOT_SUPPORTED,
         })
     }
@@ -191,7 +200,8 @@ fn find(target: u64, vcpus: usize) -> Option<usize> {
 }
 
 fn is_known(function: u32) -> bool {
-    let has_wide_form = matches!(function & !SMC64, CPU_SUSPEND | CPU_ON | AFFINITY_INFO);
+    let has_wide_form =
+        matches!(function & !SMC64, CPU_SUSPEND | CPU_ON | AFFINITY_INFO | SYSTEM_RESET2);
     let known = [
         SMCCC_VERSION,
         PSCI_VERSION,
@@ -325,7 +335,10 @@ mod tests {
         assert_eq!(call(&psci, AFFINITY_INFO, [0, 1, 0]), code(-2));
         assert_eq!(psci.call(0, 1, [PSCI_VERSION.into(), 0, 0, 0]), code(-1));
         assert_eq!(call(&psci, PSCI_VERSION | SMC64, [0; 3]), code(-1));
-        assert_eq!(call(&psci, 0x8400_0012, [0; 3]), code(-1));
+        // SYSTEM_RESET2 with a reset type of a vendor's, and one that is reserved.
+        for kind in [1 << 31, 1] {
+            assert_eq!(call(&psci, SYSTEM_RESET2 | SMC64, [kind, 0, 0]), code(-2));
+        }
     }
 
     #[test]
@@ -343,10 +356,12 @@ mod tests {
         for function in [SMCCC_VERSION, CPU_ON | SMC64, SYSTEM_RESET, CPU_SUSPEND] {
             assert_eq!(call(&psci, PSCI_FEATURES, [function.into(), 0, 0]), code(0));
         }
-        // SYSTEM_RESET2 and SYSTEM_SUSPEND.
-        for function in [0x8400_0012, 0xc400_000e] {
-            assert_eq!(call(&psci, PSCI_FEATURES, [function, 0, 0]), code(-1));
+        for function in [SYSTEM_RESET2, SYSTEM_RESET2 | SMC64] {
+            assert_eq!(call(&psci, PSCI_FEATURES, [function.into(), 0, 0]), code(0));
+            assert_eq!(call(&psci, function, [0; 3]), Action::WarmReset);
         }
+        // SYSTEM_SUSPEND.
+        assert_eq!(call(&psci, PSCI_FEATURES, [0xc400_000e, 0, 0]), code(-1));
         assert_eq!(call(&psci, SYSTEM_OFF, [0; 3]), Action::SystemOff);
         assert_eq!(call(&psci, SYSTEM_RESET, [0; 3]), Action::SystemReset);
         assert_eq!(call(&psci, CPU_SUSPEND | SMC64, [0; 3]), Action::Standby);

@@ -76,6 +76,9 @@ pub struct SnapshotCreateParams {
     /// were then. Not together with `stop`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
+    /// squib: put the kernel and the initrd into the snapshot too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub with_kernel: bool,
     /// squib: zstd level of the frames.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub level: Option<i32>,

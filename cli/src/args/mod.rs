@@ -56,8 +56,8 @@ pub(crate) struct RunArgs {
     /// Number of vCPUs.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) cpus: u32,
-    /// The whole kernel command line [default: console=ttyS0 panic=-1, and without an initrd
-    /// root=/dev/vda].
+    /// The whole kernel command line [default: console=ttyS0 panic=-1 reboot=panic_warm, and without an
+    /// initrd root=/dev/vda]. `reboot=panic_warm` makes Linux tell a panic from another reset.
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub(crate) cmdline: Option<String>,
     /// Name of the VM [default: vm-PID].
@@ -109,6 +109,15 @@ pub(crate) enum OnReset {
     Exit,
     /// Boot the kernel again.
     Restart,
+}
+
+impl From<OnReset> for squib_vmm::config::OnReset {
+    fn from(choice: OnReset) -> Self {
+        match choice {
+            OnReset::Exit => Self::Exit,
+            OnReset::Restart => Self::Restart,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

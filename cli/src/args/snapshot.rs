@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{DiskModeArg, DiskPlace, Size, VmArgs};
+use super::{DiskModeArg, DiskPlace, OnReset, Size, VmArgs};
 use crate::api::types::Durability;
 
 #[derive(Debug, Subcommand)]
@@ -47,6 +47,10 @@ pub(crate) struct CreateArgs {
     /// End the VM once the snapshot is safe.
     #[arg(long)]
     pub(crate) stop: bool,
+    /// Put the kernel and the initrd into the snapshot too, so that a restored guest can boot again wherever it
+    /// is.
+    #[arg(long)]
+    pub(crate) with_kernel: bool,
     /// Let the guest go on as soon as its state is saved; memory and disks are written as they were at that
     /// moment.
     #[arg(long, conflicts_with = "stop")]
@@ -123,6 +127,16 @@ pub(crate) struct RestoreArgs {
     /// What the guest's clock does with the time that passed since the snapshot.
     #[arg(long, value_enum, default_value_t = ClockArg::Freeze)]
     pub(crate) clock: ClockArg,
+    /// What a reset by the guest does [default: what the snapshot says].
+    #[arg(long, value_enum)]
+    pub(crate) on_reset: Option<OnReset>,
+    /// The kernel that a reset boots again; it must be the one that the guest was booted from [default: the
+    /// one in the snapshot, or where it was].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The initial RAM file system that a reset boots again, as for --kernel.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
     /// Leave the guest paused; `PATCH /vm` on the control socket lets it run.
     #[arg(long)]
     pub(crate) paused: bool,

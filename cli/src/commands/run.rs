@@ -8,16 +8,21 @@ use squib_vmm::{
 };
 
 use crate::{
-    args::{DiskArg, OnReset, RunArgs},
+    args::{DiskArg, RunArgs},
     exit::{Code, Failure, Result, WithCode},
     session::Session,
 };
 
 pub(crate) fn run(args: RunArgs, started: Instant) -> Result<Code> {
     let config = config(&args)?;
-    let restart = args.on_reset == OnReset::Restart;
     let name = config.name.clone();
-    let session = Session { name: &name, args: &args.common, started, restart, paused: false };
+    // The user named the files: what is there now boots, as after a reset of a real machine.
+    let reboot = |config: &mut MachineConfig| {
+        (config.kernel_digest, config.initrd_digest) = (None, None);
+        Ok(())
+    };
+    let session =
+        Session { name: &name, args: &args.common, started, reboot: &reboot, paused: false };
     session.run(&mut |console, _dir, phases| {
         let machine = Machine::boot(config.clone(), console).map_err(failure)?;
         phases.end("load kernel and initrd");
@@ -26,7 +31,7 @@ pub(crate) fn run(args: RunArgs, started: Instant) -> Result<Code> {
 }
 
 /// The failure of a machine that cannot be made.
-fn failure(error: MachineError) -> Failure {
+pub(crate) fn failure(error: MachineError) -> Failure {
     Failure::new(code(&error), error)
 }
 
@@ -64,6 +69,7 @@ fn config(args: &RunArgs) -> Result<MachineConfig> {
         deterministic: args
             .deterministic
             .then(|| Deterministic { seed: args.seed, ..Deterministic::default() }),
+        on_reset: args.on_reset.into(),
         ..MachineConfig::new(
             args.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id())),
             absolute(&args.kernel)?,

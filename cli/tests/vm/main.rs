@@ -4,6 +4,7 @@ mod common;
 mod faults;
 mod life;
 mod modes;
+mod reboot;
 
 /// The program.
 const SQUIB: &str = env!("CARGO_BIN_EXE_squib");

@@ -61,6 +61,23 @@ impl Manifest {
                 }
             }
         }
+        let boot_files = match &self.operation {
+            Some(Operation { on_reset: _, initrd_digest }) => {
+                [(KERNEL_FILE, self.machine.kernel_digest), (INITRD_FILE, *initrd_digest)]
+            }
+            None => [(KERNEL_FILE, None), (INITRD_FILE, None)],
+        };
+        for (name, digest) in boot_files {
+            let Some(digest) = digest else { continue };
+            owned.insert(name.to_owned());
+            if let Ok(file) = self.file(name)
+                && file.digest != digest
+            {
+                let why =
+                    format!("{}, the guest was booted from a file with {digest}", file.digest);
+                return Err(field(format!("file `{name}`: digest"), why));
+            }
+        }
         let mut seen = HashSet::new();
         for file in &self.files {
             names::check(&file.name)?;

@@ -21,6 +21,11 @@ use crate::{
 pub const FILE: &str = "manifest";
 /// Name of the file that holds the sections' payloads.
 pub const STATE_FILE: &str = "state";
+/// Name of the optional file with the kernel that the guest was booted from, as it was then. From format 1.4
+/// on.
+pub const KERNEL_FILE: &str = "kernel";
+/// Name of the optional file with the initial RAM file system that the guest was booted from.
+pub const INITRD_FILE: &str = "initrd";
 /// Name of the optional, advisory file with the order of first touch. It may be added to a published
 /// snapshot, so that it is never in the manifest's list.
 pub const WORKING_SET_FILE: &str = "working-set";

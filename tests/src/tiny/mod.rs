@@ -9,7 +9,8 @@
 //! ```
 //!
 //! with the rounds done, timer ticks, disk requests, a hash of the bytes received on the serial port, and the
-//! hash of everything. It switches the machine off when it receives [`POWER_OFF`], and after printing
+//! hash of everything. It switches the machine off when it receives [`POWER_OFF`], resets it when it receives
+//! [`RESET`], as Linux does after a panic when it receives [`WARM_RESET`], and switches it off after printing
 //! what is wrong on an exception (`X` and ESR_EL1) or a failed disk request (`E`). Without a disk it
 //! does the rest.
 
@@ -20,6 +21,10 @@ use std::{fs, io, path::Path};
 
 /// The byte that makes the guest switch the machine off.
 pub const POWER_OFF: u8 = b'q';
+/// The byte that makes the guest ask for a reset.
+pub const RESET: u8 = 0xf1;
+/// The byte that makes the guest ask for a warm reset, as Linux with `reboot=panic_warm` does after a panic.
+pub const WARM_RESET: u8 = 0xf2;
 
 /// Bytes that the guest needs behind the start of its image.
 pub const IMAGE_SIZE: u64 = 0x2_0000;

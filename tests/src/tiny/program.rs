@@ -6,7 +6,7 @@ use squib_devices::{
 };
 
 use super::{
-    IMAGE_SIZE, POWER_OFF, Tiny,
+    IMAGE_SIZE, POWER_OFF, RESET, Tiny, WARM_RESET,
     asm::{Asm, EQ, LR, Label, NE, R, SP, ZR},
 };
 
@@ -28,8 +28,11 @@ const CNTVCT_EL0: u16 = sysreg(3, 14, 0, 2);
 /// Odd factor of the hashes.
 pub(super) const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// PSCI SYSTEM_OFF.
+/// PSCI SYSTEM_OFF, SYSTEM_RESET, and SYSTEM_RESET2 with its only argument that has a name: zero, a warm
+/// reset.
 const SYSTEM_OFF: u64 = 0x8400_0008;
+const SYSTEM_RESET: u64 = 0x8400_0009;
+const SYSTEM_RESET2: u64 = 0xc400_0012;
 
 // Registers that keep their meaning. The interrupt handler saves what it uses of the others.
 const DATA: R = 19;
@@ -539,6 +542,18 @@ fn interrupts(a: &mut Asm, r: &Routines, tiny: &Tiny) {
     a.ldr(1, 1, UART, UART_DATA);
     a.cmp_imm(1, POWER_OFF.into());
     a.b_if(EQ, r.off);
+    let (reset, other) = (a.label(), a.label());
+    a.cmp_imm(1, RESET.into());
+    a.b_if(EQ, reset);
+    a.cmp_imm(1, WARM_RESET.into());
+    a.b_if(NE, other);
+    a.mov(0, SYSTEM_RESET2);
+    a.mov(1, 0);
+    a.hvc();
+    a.place(reset);
+    a.mov(0, SYSTEM_RESET);
+    a.hvc();
+    a.place(other);
     a.ldr(8, 2, DATA, INPUT);
     a.madd(2, 2, FACTOR, 1);
     a.str(8, 2, DATA, INPUT);

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     boot::BootError,
-    config::MachineConfig,
+    config::{MachineConfig, WARM_PANIC},
     hypervisor::{self, SystemCounter, VcpuState, Vm},
     psci::{Psci, PsciState},
     seed::{Lane, Seeds},
@@ -95,7 +95,17 @@ impl Machine {
             Arc::new(Psci::new(config.vcpus, Range { base: map::RAM_BASE, size: config.memory }));
         let gate = Gate::new(config.vcpus, Arc::clone(&psci));
         let unclaimed = Mutex::new(HashSet::new());
-        let board = Arc::new(Board { vm, ram: ram.clone(), bus, psci, gate, timings, unclaimed });
+        let panic_is_warm = config.cmdline.split_ascii_whitespace().any(|word| word == WARM_PANIC);
+        let board = Arc::new(Board {
+            vm,
+            ram: ram.clone(),
+            bus,
+            psci,
+            gate,
+            timings,
+            unclaimed,
+            panic_is_warm,
+        });
         // A device meets it too, and has nobody to tell but the guest, which must not go on.
         let ends = || {
             let end = Arc::downgrade(&board);

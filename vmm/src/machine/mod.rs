@@ -25,6 +25,7 @@ mod console;
 mod devices;
 mod gate;
 mod places;
+mod reboot;
 #[cfg(test)]
 mod tests;
 mod time;
@@ -33,6 +34,7 @@ mod vcpu;
 
 use std::{
     any::Any,
+    collections::BTreeMap,
     io::Write,
     sync::{Arc, OnceLock},
     thread::JoinHandle,
@@ -52,6 +54,7 @@ use squib_formats::persist::{self, PersistError, Section};
 
 pub use console::ConsoleInput;
 pub use places::{Place, irq_chip, places};
+pub use reboot::Reboot;
 pub use types::{
     ClockPolicy, Contents, Crash, Identity, MachineError, Outcome, RestoreOptions, RunState,
     RunUntil, TimeAway, TimeState, Timings,
@@ -131,10 +134,19 @@ impl Machine {
         config: MachineConfig,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
+        Self::boot_with(config, BTreeMap::new(), console)
+    }
+
+    /// [`boot`](Self::boot) with the disks of these ids open already.
+    fn boot_with(
+        config: MachineConfig,
+        disks: BTreeMap<String, Arc<DiskGranules>>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
         config.validate()?;
         let ram = GuestRam::new(config.memory)
             .map_err(|source| MachineError::Memory { size: config.memory, source })?;
-        let mut machine = Self::assemble(config, ram.into(), console)?;
+        let mut machine = Self::assemble(config, Contents { ram, disks }, console)?;
         let entry = boot::load(&machine.config, &machine.ram)?;
         machine.config.kernel_digest = Some(entry.kernel_digest);
         machine.config.initrd_digest = entry.initrd_digest;
@@ -343,6 +355,11 @@ impl Machine {
     /// What is known of the host's operating system, if the backend is a part of it.
     pub fn host_system(&self) -> Option<HostSystem> {
         self.board.vm.host_system()
+    }
+
+    /// What the next machine boots from, when this one has ended with a reset.
+    pub fn reboot(&self) -> Reboot {
+        Reboot::of(self)
     }
 
     /// When things first happened.

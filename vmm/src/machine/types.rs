@@ -30,6 +30,10 @@ pub enum Outcome {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel panicked, and asked for a reset then. Linux tells the one from the other with
+    /// [`config::WARM_PANIC`](crate::config::WARM_PANIC) on its command line; without it a panic is a
+    /// [`Reset`](Self::Reset).
+    Panic,
     /// [`Machine::stop`](super::Machine::stop) was called.
     Stopped,
     /// It cannot go on.
@@ -44,6 +48,7 @@ impl fmt::Display for Outcome {
         match self {
             Self::PowerOff => f.write_str("the guest powered off"),
             Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::Panic => f.write_str("the guest's kernel panicked"),
             Self::Stopped => f.write_str("the machine was stopped"),
             Self::Crashed(crash) => crash.fmt(f),
             Self::Damaged(why) => why.fmt(f),

@@ -29,6 +29,8 @@ pub(super) struct Board {
     pub(super) gate: Gate,
     pub(super) timings: Arc<Timings>,
     pub(super) unclaimed: Mutex<HashSet<u64>>,
+    /// Whether the guest's kernel asks for a warm reset after a panic only.
+    pub(super) panic_is_warm: bool,
 }
 
 /// Body of the thread of vCPU `index`. `ready` hears whether it could be made.
@@ -163,6 +165,8 @@ impl Runner<'_> {
             Action::Off => return self.begin(vcpu),
             Action::SystemOff => self.board.gate.end(Outcome::PowerOff),
             Action::SystemReset => self.board.gate.end(Outcome::Reset),
+            Action::WarmReset if self.board.panic_is_warm => self.board.gate.end(Outcome::Panic),
+            Action::WarmReset => self.board.gate.end(Outcome::Reset),
         }
         Ok(true)
     }

@@ -39,6 +39,7 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         force: args.force,
         stop: args.stop,
         live: args.live,
+        with_kernel: args.with_kernel,
         disk_mode: args.disk_modes.iter().flat_map(DiskModeArg::params).collect(),
         no_reflink: args.no_reflink,
         level: args.level,

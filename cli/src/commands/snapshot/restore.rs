@@ -1,19 +1,24 @@
 //! `squib snapshot restore`.
 
-use std::time::{Duration, Instant};
+use std::{
+    cell::RefCell,
+    time::{Duration, Instant},
+};
 
 use squib_devices::memory::GuestRam;
 use squib_formats::snapshot_dir::Snapshot;
 use squib_snapshot::{
     ChangedDisks, FormatError, TemplateCache,
+    boot_files::{BootFileError, BootFiles},
     observe::Run,
     restore::{
-        DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
+        DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings,
         restore as bring_back,
     },
     working_set::{Recorded, record},
 };
 use squib_vmm::{
+    config::{MachineConfig, OnReset},
     hypervisor::HypervisorError,
     machine::{self, ClockPolicy, Identity, MachineError, TimeAway},
 };
@@ -39,8 +44,14 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
         Some(name) => name.clone(),
         None => Snapshot::open(&args.dir).code(Code::Snapshot)?.manifest().machine.name.clone(),
     };
+    // Why a reset cannot boot the guest again, once that is known.
+    let hindered = RefCell::new(None);
+    let reboot = |_: &mut MachineConfig| match hindered.take() {
+        Some(error) => Err(cannot_reboot(&error)),
+        None => Ok(()),
+    };
     let session =
-        Session { name: &name, args: &args.common, started, restart: false, paused: args.paused };
+        Session { name: &name, args: &args.common, started, reboot: &reboot, paused: args.paused };
     let mut memory = None;
     let code = session.run(&mut |console, dir, phases| {
         let bar = ByteBar::new("restore");
@@ -57,7 +68,13 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
             }
         }
         say_time(restored.machine.time_away());
-        note(phases, &restored);
+        if let Err(error) = restored.reboot {
+            if restored.machine.config().on_reset == OnReset::Restart {
+                say!("squib: a reset will end this VM: {}", cannot_reboot(&error));
+            }
+            hindered.replace(Some(error));
+        }
+        note(phases, &restored.timings);
         memory = Some(restored.machine.ram().clone());
         Ok(restored.machine)
     });
@@ -105,6 +122,16 @@ fn time(time: Duration) -> String {
         (0, _, _) => format!("{hours} h {minutes} min"),
         _ => format!("{days} d {hours} h"),
     }
+}
+
+fn cannot_reboot(error: &BootFileError) -> Failure {
+    let advice = match error {
+        BootFileError::Open { what, .. } | BootFileError::Unknown { what } => {
+            format!("; --{what} FILE names it")
+        }
+        BootFileError::Copy { .. } => String::new(),
+    };
+    Failure::new(Code::Usage, anyhow::anyhow!("the guest cannot boot again: {error}{advice}"))
 }
 
 /// Writes down what the guest has needed. That cannot fail the restore, which is over.
@@ -169,6 +196,11 @@ fn options<'a>(
                 ClockArg::Advance => ClockPolicy::Advance,
             },
         },
+        on_reset: args.on_reset.map(Into::into),
+        boot_files: BootFiles {
+            kernel: args.kernel.as_deref().map(run::absolute).transpose()?,
+            initrd: args.initrd.as_deref().map(run::absolute).transpose()?,
+        },
         run: Run { observer: bar, cancel: events::asked(), ..Run::default() },
     })
 }
@@ -186,8 +218,8 @@ pub(crate) fn template_cache() -> Result<TemplateCache> {
 }
 
 /// The parts of a restore as phases.
-fn note(phases: &mut Phases, restored: &Restored) {
-    let RestoreTimings { open, disks, memory, machine, total: _ } = restored.timings;
+fn note(phases: &mut Phases, timings: &RestoreTimings) {
+    let RestoreTimings { open, disks, memory, machine, total: _ } = *timings;
     phases.end_with(&[
         ("check the snapshot", open),
         ("disks", disks),
