@@ -11,6 +11,7 @@ mod events;
 pub mod exit;
 pub mod home;
 pub mod kit;
+mod log;
 mod output;
 mod plain;
 mod session;
@@ -32,6 +33,7 @@ pub fn main() -> ExitCode {
     };
     // Whatever way a command took out.
     console::restore_terminal();
+    log::finish();
     let (code, why) = output::finish(code);
     if let Some(why) = why {
         console::message(&why);
@@ -45,7 +47,7 @@ pub fn command_line() -> clap::Command {
 }
 
 fn command(command: args::Command, started: Instant) -> Code {
-    log_to_stderr();
+    log::start();
     let done = match command {
         args::Command::Run(args) => commands::run::run(args, started),
         args::Command::Snapshot(command) => commands::snapshot::snapshot(command, started),
@@ -73,11 +75,4 @@ fn refuse(refused: &clap::Error) -> Code {
     }
     output::keep_error(printed);
     Code::Done
-}
-
-/// Messages of the machine: warnings and errors, or what SQUIB_LOG asks for.
-fn log_to_stderr() {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("SQUIB_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| console::Messages).init();
 }

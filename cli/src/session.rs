@@ -4,7 +4,7 @@ use std::{
     io::Write,
     sync::{Arc, mpsc},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use squib_vmm::{
@@ -24,6 +24,13 @@ use crate::{
     timings::Phases,
     vm::Vm,
 };
+
+/// How long the end waits for a reader of the console that takes nothing.
+const STALL: Duration = Duration::from_secs(5);
+/// How long the end waits for a reader of the console that is slow. At most 70 KiB are on their way.
+const LONGEST: Duration = Duration::from_secs(30);
+/// How often it is looked whether something else ends the VM.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What is special about a run or a restore.
 pub(crate) struct Session<'a> {
@@ -60,7 +67,7 @@ impl Session<'_> {
         let _unlink = Unlink(&socket);
         phases.end("prepare");
 
-        let (output, drain) = Output::new(output::Stdout)?;
+        let output: Output = Output::default();
         let machine = Arc::new(make(Box::new(output.clone()), &dir, &mut phases)?);
         let restart = machine.config().on_reset == OnReset::Restart;
         let vm = Arc::new(Vm::new(self.name, machine.clone(), events.clone()));
@@ -96,6 +103,10 @@ impl Session<'_> {
             let event = happened.recv().map_err(anyhow::Error::from)?;
             match event {
                 Event::Guest(outcome @ (Outcome::Reset | Outcome::Panic)) if restart => {
+                    // What this boot wrote comes before what the next one writes.
+                    if let Some(event) = written_or_ended(&vm, &happened) {
+                        break End::from(event);
+                    }
                     // Between two machines there is none to be restarted.
                     let Some(mut next) = vm.machine().map(|machine| machine.reboot()) else {
                         break End::Guest(outcome);
@@ -111,21 +122,40 @@ impl Session<'_> {
                     machine.resume().code(Code::Failed)?;
                     watch(machine, events.clone())?;
                 }
-                Event::Guest(outcome) => break End::Guest(outcome),
-                Event::UserQuit | Event::Stop => break End::Asked,
-                Event::Signal(signal) => break End::Signal(signal),
+                event => break End::from(event),
             }
         };
         vm.cancel();
-        if let Some(machine) = vm.machine() {
+        let unwritten = vm.machine().map_or(0, |machine| {
             machine.stop();
-        }
-        output.release();
+            machine.finish_console(STALL, LONGEST)
+        });
         drop(server);
-        drop(drain);
         drop(console);
-        end.code()
+        if unwritten > 0 {
+            say!("squib: {unwritten} bytes of console output are lost: their reader stands still");
+        }
+        if output.lost() > 0 {
+            say!("squib: {} bytes of console output could not be written", output.lost());
+        }
+        match end.code()? {
+            // What was asked for was done, and its output is not whole.
+            Code::Done if unwritten > 0 || output.lost() > 0 => Ok(Code::Failed),
+            code => Ok(code),
+        }
     }
+}
+
+/// Waits until what the guest wrote has reached its reader, as the guest would have waited. Returns what ended
+/// the VM meanwhile.
+fn written_or_ended(vm: &Vm, happened: &mpsc::Receiver<Event>) -> Option<Event> {
+    let machine = vm.machine()?;
+    while !machine.drain_console(LOOK) {
+        if let Ok(event) = happened.try_recv() {
+            return Some(event);
+        }
+    }
+    None
 }
 
 /// Why the session ends.
@@ -133,6 +163,16 @@ enum End {
     Guest(Outcome),
     Asked,
     Signal(i32),
+}
+
+impl From<Event> for End {
+    fn from(event: Event) -> Self {
+        match event {
+            Event::Guest(outcome) => Self::Guest(outcome),
+            Event::UserQuit | Event::Stop => Self::Asked,
+            Event::Signal(signal) => Self::Signal(signal),
+        }
+    }
 }
 
 impl End {

@@ -89,6 +89,7 @@ pub(crate) fn message(bytes: &[u8]) {
 }
 
 /// The standard output, without a buffer. A descriptor that somebody has set to not block is waited for.
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Stdout;
 
 impl Write for Stdout {

@@ -1,6 +1,7 @@
 //! The commands as a user runs them, with the tiny guest in them.
 
 mod common;
+mod console;
 mod faults;
 mod life;
 mod modes;

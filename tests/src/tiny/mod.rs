@@ -15,9 +15,12 @@
 //! does the rest.
 
 mod asm;
+mod burst;
 mod program;
 
 use std::{fs, io, path::Path};
+
+pub use burst::{Burst, Ending};
 
 /// The byte that makes the guest switch the machine off.
 pub const POWER_OFF: u8 = b'q';

@@ -143,7 +143,7 @@ pub(super) fn assemble(tiny: &Tiny) -> Vec<u8> {
 }
 
 /// The header of an arm64 `Image` (Linux, Documentation/arch/arm64/booting.rst, section 4).
-fn header(a: &mut Asm, start: Label) {
+pub(super) fn header(a: &mut Asm, start: Label) {
     a.b(start);
     a.word(0);
     // text_offset, image_size, flags: little-endian, 4 KiB pages, anywhere.

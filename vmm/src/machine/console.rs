@@ -1,20 +1,15 @@
 //! Bytes on their way between the host and the guest's serial port.
 
-use std::{
-    collections::VecDeque,
-    io::{self, Write},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod output;
+
+use std::{collections::VecDeque, sync::Arc};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::types::Timings;
+pub(super) use self::output::{Output, OutputEnd};
 
 /// Bytes that wait for the guest before a sender is held up.
 const MOST_WAITING: usize = 4096;
-/// Bytes that wait for the host before the guest is held up.
-const MOST_UNWRITTEN: usize = 64 << 10;
 /// Bytes offered to the port at once: the receive FIFO of a 16550A is 16, ours may be larger.
 const OFFER: usize = 64;
 
@@ -142,102 +137,6 @@ impl Feed {
     }
 }
 
-/// What the guest wrote, on its way to the host. The guest is held up while the host is behind.
-pub(super) struct Output {
-    state: Mutex<OutputState>,
-    changed: Condvar,
-    timings: Arc<Timings>,
-}
-
-struct OutputState {
-    waiting: Vec<u8>,
-    /// The writer has bytes in its hands.
-    writing: bool,
-    open: bool,
-    /// The guest is not held up, since it is wanted at the gate.
-    hurry: bool,
-}
-
-impl Output {
-    pub(super) fn new(timings: Arc<Timings>) -> Arc<Self> {
-        let state = OutputState { waiting: Vec::new(), writing: false, open: true, hurry: false };
-        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), timings })
-    }
-
-    /// Body of the writer's thread.
-    pub(super) fn write_to(&self, mut sink: Box<dyn Write + Send>) {
-        let mut bytes = Vec::new();
-        loop {
-            let mut state = self.state.lock();
-            state.writing = false;
-            self.changed.notify_all();
-            while state.open && state.waiting.is_empty() {
-                self.changed.wait(&mut state);
-            }
-            if state.waiting.is_empty() {
-                return;
-            }
-            bytes.clear();
-            std::mem::swap(&mut bytes, &mut state.waiting);
-            state.writing = true;
-            drop(state);
-            self.changed.notify_all();
-            if let Err(error) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
-                tracing::warn!("{} bytes of console output are lost: {error}", bytes.len());
-            }
-        }
-    }
-
-    /// While set, the guest is not held up by a slow host.
-    pub(super) fn hurry(&self, hurry: bool) {
-        self.state.lock().hurry = hurry;
-        self.changed.notify_all();
-    }
-
-    /// Waits until everything has been written; false if that took longer than `timeout`.
-    pub(super) fn drain(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now().checked_add(timeout);
-        let mut state = self.state.lock();
-        while state.writing || !state.waiting.is_empty() {
-            match deadline {
-                Some(deadline) if self.changed.wait_until(&mut state, deadline).timed_out() => {
-                    return !state.writing && state.waiting.is_empty();
-                }
-                Some(_) => {}
-                None => self.changed.wait(&mut state),
-            }
-        }
-        true
-    }
-
-    /// Ends the writer once it has written everything.
-    pub(super) fn close(&self) {
-        self.state.lock().open = false;
-        self.changed.notify_all();
-    }
-}
-
-/// The serial port's end of an [`Output`].
-pub(super) struct OutputEnd(pub(super) Arc<Output>);
-
-impl Write for OutputEnd {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Output { state, changed, timings } = &*self.0;
-        timings.mark_first_console_byte();
-        let mut state = state.lock();
-        while state.open && !state.hurry && state.waiting.len() >= MOST_UNWRITTEN {
-            changed.wait(&mut state);
-        }
-        state.waiting.extend_from_slice(bytes);
-        changed.notify_all();
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::thread;
@@ -314,47 +213,5 @@ mod tests {
         input.close();
         assert_eq!(input.try_send(&[0; 1]), Err(ConsoleClosed));
         assert_eq!(input.send(&[0; 1]), Err(ConsoleClosed));
-    }
-
-    /// A sink that takes nothing while its lock is held.
-    #[derive(Clone, Default)]
-    struct Sink(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn output_waits_for_a_slow_host_unless_the_guest_is_in_a_hurry() {
-        let output = Output::new(Arc::default());
-        let sink = Sink::default();
-        let mut end = OutputEnd(Arc::clone(&output));
-        thread::scope(|scope| {
-            let stuck = sink.0.lock();
-            let (writer, to) = (Arc::clone(&output), sink.clone());
-            scope.spawn(move || writer.write_to(Box::new(to)));
-            let guest = scope.spawn(move || {
-                for n in 0..3 * MOST_UNWRITTEN {
-                    end.write_all(&[n as u8]).unwrap();
-                }
-            });
-            assert!(!output.drain(Duration::ZERO) || !guest.is_finished());
-            output.hurry(true);
-            guest.join().unwrap();
-            assert!(!output.drain(Duration::ZERO));
-            drop(stuck);
-            assert!(output.drain(Duration::from_secs(60)));
-            output.close();
-        });
-        let written = sink.0.lock();
-        let expected = (0..3 * MOST_UNWRITTEN).map(|n| n as u8);
-        assert!(written.iter().copied().eq(expected));
     }
 }

@@ -383,6 +383,20 @@ impl Machine {
         self.time_away.get().copied()
     }
 
+    /// For the end: once the vCPUs of a machine that has ended are at rest, waits until everything that the
+    /// guest wrote to its console has reached the sink. Gives up when that takes nothing for `stall`, or
+    /// once `most` is over. Returns the number of bytes that are lost with that; a second call does not count them
+    /// again.
+    pub fn finish_console(&self, stall: Duration, most: Duration) -> usize {
+        if self.board.gate.outcome().is_some() {
+            // One that waits for room must come to the gate.
+            self.output.hurry(true);
+            // A vCPU that does not come is told of when the machine goes away.
+            let _ = self.board.gate.close_until(Instant::now() + PARTING);
+        }
+        self.output.finish(stall, most)
+    }
+
     /// The time that this machine saves now.
     pub fn time(&self) -> TimeState {
         TimeState {
@@ -459,7 +473,8 @@ impl Machine {
 
 impl Drop for Machine {
     /// Ends the threads and waits for them. Console output that the host does not take within a second
-    /// is lost. A vCPU that the backend cannot get out of the guest stays there, with the machine's memory.
+    /// is lost, unless [`finish_console`](Self::finish_console) came before. A vCPU that the backend
+    /// cannot get out of the guest stays there, with the machine's memory.
     fn drop(&mut self) {
         self.console.close();
         self.keeper.close();
@@ -478,7 +493,11 @@ impl Drop for Machine {
             let _ = thread.join();
         }
         self.output.close();
-        if self.output.drain(FAREWELL)
+        match self.output.finish(FAREWELL, FAREWELL) {
+            0 => {}
+            lost => tracing::warn!("{lost} bytes of console output are lost: nothing takes them"),
+        }
+        if self.output.is_done()
             && let Some(writer) = self.writer.take()
         {
             let _ = writer.join();

@@ -1,7 +1,12 @@
 //! Exits that a guest on the usual host does not cause.
 
+use std::{io::Write, sync::mpsc, time::Duration};
+
 use squib_hvf_stand_in::{Exit, Report, Session, Walk, hv_exit_reason_t};
-use squib_tests::console::Capture;
+use squib_tests::{
+    console::Capture,
+    tiny::{Burst, Ending},
+};
 use squib_vmm::machine::{Crash, Machine, Outcome};
 
 use crate::{
@@ -127,4 +132,45 @@ fn an_access_that_faults_for_ever_ends_the_machine_with_its_place() {
     let Crash { pc, why, .. } = crash(&machine);
     assert!(why.contains("faults for ever at guest-physical 0x80200000"), "{why}");
     assert!(why.contains(&format!("the instruction at {:#x}", pc.unwrap())), "{why}");
+}
+
+#[test]
+fn all_that_a_guest_writes_before_it_ends_reaches_a_slow_host() {
+    let _session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    for ending in [Ending::PowerOff, Ending::Reset] {
+        let mut config = tiny(folder.path());
+        config.disks.clear();
+        let burst = Burst { bytes: 10_000, ending };
+        std::fs::write(&config.kernel, burst.image()).unwrap();
+        let (allow, allowed) = mpsc::channel();
+        let console = Capture::default();
+        let slow = Slow { allowed, to: console.clone() };
+        let machine = Machine::boot(config, Box::new(slow)).unwrap();
+        machine.resume().unwrap();
+        // It ends before the host has taken a byte.
+        assert!(machine.wait_timeout(PATIENCE).is_some());
+        assert!(console.taken().is_empty());
+        assert!(!machine.drain_console(Duration::ZERO));
+        drop(allow);
+        assert_eq!(machine.finish_console(PATIENCE, PATIENCE), 0);
+        assert_eq!(console.taken(), burst.output());
+    }
+}
+
+/// Takes nothing until the other end of `allowed` is gone, and then few bytes at once.
+struct Slow {
+    allowed: mpsc::Receiver<()>,
+    to: Capture,
+}
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.allowed.recv();
+        self.to.write(&bytes[..bytes.len().min(7)])
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
