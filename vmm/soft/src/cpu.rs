@@ -52,6 +52,12 @@ pub struct Cpu {
     pub(crate) waiting: bool,
     pub(crate) lines: TimerLines,
     pub(crate) pending: Option<Pending>,
+    /// The instruction that is stepped has neither taken an exception nor returned from one so far.
+    pub(crate) advance: bool,
+    /// The instruction that was stepped last was a load-exclusive.
+    pub(crate) stepped_exclusive: bool,
+    /// The exception of a step waits for an exit of its instruction.
+    pub(crate) step_due: bool,
     /// A TLBI or IC was sent to peers and no DSB has waited for it yet.
     pub(crate) unsettled: bool,
     /// A TTBR was written and nothing has synchronised the context since.
@@ -107,6 +113,9 @@ impl Cpu {
             waiting: false,
             lines: TimerLines::default(),
             pending: None,
+            advance: false,
+            stepped_exclusive: false,
+            step_due: false,
             unsettled: false,
             space_changed: false,
             shared: Arc::clone(shared),
@@ -135,6 +144,7 @@ impl Cpu {
         self.exclusive = None;
         self.waiting = false;
         self.pending = None;
+        self.step_due = false;
         self.exit = None;
         self.tlb.forget_all();
         self.refresh();
@@ -176,6 +186,7 @@ impl Cpu {
     /// instruction that causes an exit is retired.
     pub fn run(&mut self, limit: Option<u64>) -> Exit {
         self.peer.in_guest.store(true, Ordering::SeqCst);
+        self.finish_step();
         // What is due may have changed since the last run.
         self.end_slice();
         let exit = self.run_inside(limit);
@@ -204,6 +215,11 @@ impl Cpu {
             if self.budget <= 0 {
                 continue;
             }
+            let by_instruction = self.is_by_instruction();
+            if by_instruction && self.is_stepping() && !self.pstate.ss {
+                self.take_step(None);
+                continue;
+            }
             let Some(first) = self.find_block() else {
                 match self.exit.take() {
                     Some(exit) => return exit,
@@ -213,7 +229,9 @@ impl Cpu {
             // SAFETY: `first` is a live block of `self.code`, which is not swept before the block is
             // left; every op leads to another live op or to null.
             unsafe {
-                if i64::from((*first).rem) < self.budget {
+                if by_instruction {
+                    self.step(first);
+                } else if i64::from((*first).rem) < self.budget {
                     let mut op = self.enter(first, self.pc);
                     while !op.is_null() {
                         op = ((*op).exec)(self, op);
@@ -302,7 +320,7 @@ impl Cpu {
     /// # Safety
     ///
     /// `first` is the first op of a live block.
-    unsafe fn step_one(&mut self, first: *const Op) {
+    pub(crate) unsafe fn step_one(&mut self, first: *const Op) {
         // SAFETY: promised by the caller.
         let mut op = unsafe { *first };
         op.rem = 0;
@@ -394,14 +412,18 @@ impl Cpu {
             self.take_pc_alignment();
             return None;
         }
-        if self.pstate.il {
-            self.take_illegal_state();
-            return None;
-        }
         let el1 = self.pstate.el1();
         let entry = self.tlb.code(el1, pc);
         let code =
             if entry.tag == self.tlb.tag(pc) { entry.code } else { self.fill_code(el1, pc)? };
+        if self.is_breakpoint() {
+            self.take_breakpoint();
+            return None;
+        }
+        if self.pstate.il {
+            self.take_illegal_state();
+            return None;
+        }
         let offset = (pc & 0xfff) as usize;
         // SAFETY: records live as long as the code cache, and nothing else refers to this one now.
         let record = unsafe { &mut *code };
@@ -441,7 +463,9 @@ impl Cpu {
             }
         };
         let code = self.code.page(self.shared.ram.page_index(page), host);
-        self.tlb.fill_code(el1, pc, code, &translation);
+        if !self.sys.breaks_on_page(pc) {
+            self.tlb.fill_code(el1, pc, code, &translation);
+        }
         Some(code)
     }
 

@@ -21,6 +21,7 @@ pub(crate) const EL1T: u8 = 0b0100;
 /// M[3:0] of EL1 on SP_EL1.
 pub(crate) const EL1H: u8 = 0b0101;
 
+const SPSR_D: u32 = 1 << 9;
 const SPSR_I: u32 = 1 << 7;
 const SPSR_F: u32 = 1 << 6;
 const SPSR_DAIF: u32 = 0xf << 6;
@@ -40,6 +41,11 @@ impl Pstate {
     #[inline(always)]
     pub(crate) fn el1(self) -> bool {
         self.mode != EL0T
+    }
+
+    #[inline(always)]
+    pub(crate) fn masks_debug(self) -> bool {
+        self.daif & SPSR_D != 0
     }
 
     #[inline(always)]
@@ -97,6 +103,9 @@ const EC_SYSTEM: u32 = 0x18;
 const EC_INSTRUCTION_ABORT: u32 = 0x20;
 const EC_PC_ALIGNMENT: u32 = 0x22;
 const EC_DATA_ABORT: u32 = 0x24;
+const EC_BREAKPOINT: u32 = 0x30;
+const EC_SOFTWARE_STEP: u32 = 0x32;
+const EC_WATCHPOINT: u32 = 0x34;
 const EC_BRK: u32 = 0x3c;
 /// ESR_ELx.IL: a 32-bit instruction, or an exception for which it is always set.
 const ESR_IL: u32 = 1 << 25;
@@ -104,6 +113,13 @@ const ESR_IL: u32 = 1 << 25;
 const ISS_WNR: u32 = 1 << 6;
 /// ISS.CM of a data abort: a cache maintenance or address translation instruction.
 const ISS_CM: u32 = 1 << 8;
+
+/// ISS.ISV of a software step: EX is valid.
+const ISS_ISV: u32 = 1 << 24;
+/// ISS.EX of a software step: a load-exclusive was stepped.
+const ISS_EX: u32 = 1 << 6;
+/// ISS.IFSC or ISS.DFSC of a debug exception.
+const FSC_DEBUG: u32 = 0b10_0010;
 
 /// Offset of the IRQ vector from its group.
 const VECTOR_IRQ: u64 = 0x80;
@@ -130,6 +146,7 @@ impl Cpu {
         };
         self.unbank_sp();
         self.waiting = false;
+        self.advance = false;
         self.branch_to(self.sys.vbar.wrapping_add(group + vector));
         self.refresh();
     }
@@ -188,9 +205,39 @@ impl Cpu {
         self.take_synchronous(ec, iss, self.pc);
     }
 
+    /// A breakpoint at `pc`.
+    pub(crate) fn take_breakpoint(&mut self) {
+        self.budget -= 1;
+        let ec = EC_BREAKPOINT + u32::from(self.pstate.el1());
+        self.take_synchronous(ec, FSC_DEBUG, self.pc);
+    }
+
+    /// A software step exception before the instruction at `pc`; `stepped` says whether the one executed
+    /// last was a load-exclusive, if that was stepped. It counts as no instruction: one that was stepped or
+    /// that changed PSTATE or a debug register has come before it.
+    pub(crate) fn take_step(&mut self, stepped: Option<bool>) {
+        let ec = EC_SOFTWARE_STEP + u32::from(self.pstate.el1());
+        let iss = match stepped {
+            None => 0,
+            Some(false) => ISS_ISV,
+            Some(true) => ISS_ISV | ISS_EX,
+        };
+        self.take_synchronous(ec, iss | FSC_DEBUG, self.pc);
+    }
+
+    /// A watchpoint that the access of the instruction at `pc` to `va` has met. `cache` for cache
+    /// maintenance.
+    pub(crate) fn take_watchpoint(&mut self, va: u64, write: bool, cache: bool) {
+        self.sys.far = va;
+        let ec = EC_WATCHPOINT + u32::from(self.pstate.el1());
+        let iss = if write { ISS_WNR } else { 0 } | if cache { ISS_CM } else { 0 };
+        self.take_synchronous(ec, iss | FSC_DEBUG, self.pc);
+    }
+
     /// The instruction before `pc` does not exist: for an exit that nobody could answer.
     pub fn undefined(&mut self) {
         self.pending = None;
+        self.undo_step();
         self.pc = self.pc.wrapping_sub(4);
         self.take_synchronous(EC_UNKNOWN, 0, self.pc);
     }
@@ -222,6 +269,8 @@ impl Cpu {
 
     pub(crate) fn op_svc(&mut self, op: &Op) -> *const Op {
         self.leave_after(op);
+        // A step ends with the call (SSAdvance).
+        self.pstate.ss = false;
         self.take_synchronous(EC_SVC, op.imm as u32, self.pc);
         std::ptr::null()
     }
@@ -236,6 +285,7 @@ impl Cpu {
     pub(crate) fn op_eret(&mut self, op: &Op) -> *const Op {
         self.leave_after(op);
         let spsr = self.sys.spsr as u32;
+        let was_stepping = self.is_stepping();
         self.bank_sp();
         match Pstate::from_spsr(spsr) {
             Some(pstate) => self.pstate = pstate,
@@ -245,8 +295,9 @@ impl Cpu {
                 self.pstate.daif = spsr & SPSR_DAIF;
             }
         }
-        // Software step is not implemented: MDSCR_EL1.SS has no effect.
-        self.pstate.ss = false;
+        // A step begins by a return from where it is not active (DebugExceptionReturnSS).
+        self.pstate.ss = spsr & SPSR_SS != 0 && !was_stepping && self.is_stepping();
+        self.advance = false;
         self.r.set_nzcv(nzcv_of(spsr));
         self.unbank_sp();
         self.exclusive = None;

@@ -7,6 +7,7 @@
 mod code;
 mod counter;
 mod cpu;
+mod debug;
 mod decode;
 mod exception;
 mod exec;

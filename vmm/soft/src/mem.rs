@@ -3,6 +3,7 @@
 use crate::{
     Exit,
     cpu::Cpu,
+    debug::Watched,
     mmu::{self, Access, FSC_ALIGNMENT, FSC_EXTERNAL, Fault, Translation},
     op::Op,
     shared::Place,
@@ -198,21 +199,41 @@ impl Cpu {
     /// RAM.
     #[inline(always)]
     pub(crate) fn atomic(&mut self, op: &Op, va: u64, size: u64) -> Result<*mut u8, Stopped> {
+        self.atomic_in(op, va, size, Watched::Update)
+    }
+
+    /// As [`atomic`](Self::atomic); `kind` says what watchpoints take the access for.
+    #[inline(always)]
+    pub(crate) fn atomic_in(
+        &mut self,
+        op: &Op,
+        va: u64,
+        size: u64,
+        kind: Watched,
+    ) -> Result<*mut u8, Stopped> {
         if va & (size - 1) == 0
             && let Some(host) = self.fast_write(self.regime, va, size)
         {
             return Ok(host);
         }
-        self.atomic_slow(op, va, size)
+        self.atomic_slow(op, va, size, kind)
     }
 
     #[cold]
     #[inline(never)]
-    fn atomic_slow(&mut self, op: &Op, va: u64, size: u64) -> Result<*mut u8, Stopped> {
+    fn atomic_slow(
+        &mut self,
+        op: &Op,
+        va: u64,
+        size: u64,
+        kind: Watched,
+    ) -> Result<*mut u8, Stopped> {
         if va & (size - 1) != 0 {
             return Err(self.data_fault(op, va, FSC_ALIGNMENT, true));
         }
-        match self.page(self.regime, op, va, Access::Write)? {
+        let target = self.page(self.regime, op, va, Access::Write)?;
+        self.watch(self.regime, op, va, size, kind)?;
+        match target {
             Target::Ram(host) => Ok(host),
             Target::Device(_) => Err(self.data_fault(op, va, FSC_EXTERNAL, true)),
         }
@@ -230,7 +251,9 @@ impl Cpu {
     ) -> Result<u128, Stopped> {
         let mut bytes = [0u8; 16];
         let first = size.min(0x1000 - (va & !PAGE_MASK));
-        let host = match (self.page(regime, op, va, Access::Read)?, pending) {
+        let target = self.page(regime, op, va, Access::Read)?;
+        self.watch(regime, op, va, size, Watched::Load)?;
+        let host = match (target, pending) {
             (Target::Ram(host), _) => host,
             (Target::Device(address), Some(_)) if va & (size - 1) == 0 => {
                 self.pending = pending;
@@ -267,7 +290,9 @@ impl Cpu {
     ) -> Result<(), Stopped> {
         let bytes = value.to_le_bytes();
         let first = size.min(0x1000 - (va & !PAGE_MASK));
-        let host = match self.page(regime, op, va, Access::Write)? {
+        let target = self.page(regime, op, va, Access::Write)?;
+        self.watch(regime, op, va, size, Watched::Store)?;
+        let host = match target {
             Target::Ram(host) => host,
             Target::Device(address) if mmio && va & (size - 1) == 0 => {
                 let exit = Exit::MmioWrite { address, size: size as u8, value: value as u64 };
@@ -318,7 +343,8 @@ impl Cpu {
         // SAFETY: an offset in the page.
         let host = unsafe { host.add((va & !PAGE_MASK) as usize) };
         // An address with a tag in its top byte is not its own page's number: not remembered.
-        if va == mmu::untagged(va) {
+        // Nor is one that holds watched bytes.
+        if va == mmu::untagged(va) && !self.sys.watches_page(va) {
             let writable = write || {
                 matches!(self.shared.ram.place(page, 0x1000, true), Place::Ram(_))
                     && translation
@@ -340,6 +366,7 @@ impl Cpu {
     /// or one that its repetition does not show.
     #[cold]
     pub(crate) fn withheld(&mut self, op: &Op, address: u64, write: bool) -> Stopped {
+        self.advance = false;
         self.leave_at(op);
         self.budget += 1;
         self.exit = Some(Exit::Memory { address, write });

@@ -80,6 +80,7 @@ pub enum StateError {
 impl Cpu {
     /// The state; called between two runs.
     pub fn state(&mut self) -> CpuState {
+        self.finish_step();
         self.bank_sp();
         let mut x = [0; 31];
         x.copy_from_slice(&self.r.x[..31]);
@@ -152,6 +153,7 @@ impl Cpu {
         // a timer that fires now.
         self.lines = TimerLines::default();
         self.pending = None;
+        self.step_due = false;
         self.exit = None;
         self.tlb.forget_all();
         self.code.drop_all();

@@ -1,6 +1,9 @@
 //! System registers: what the vCPU holds, and what MRS and MSR do with it.
 
-use crate::SysReg;
+use crate::{
+    SysReg,
+    debug::{written_bcr, written_wcr},
+};
 
 macro_rules! encodings {
     ($($name:ident = ($op0:literal, $op1:literal, $crn:literal, $crm:literal, $op2:literal);)*) => {
@@ -132,7 +135,7 @@ pub(crate) const SCTLR_SPAN: u64 = 1 << 23;
 /// OSLSR_EL1.OSLM: the OS lock is implemented (0b10).
 const OSLSR_OSLM: u64 = 1 << 3;
 /// OSLSR_EL1.OSLK: the OS lock is locked.
-const OSLSR_OSLK: u64 = 1 << 1;
+pub(crate) const OSLSR_OSLK: u64 = 1 << 1;
 
 impl Sys {
     /// The state out of reset.
@@ -320,9 +323,9 @@ impl Sys {
         if let Some((n, op2)) = debug_pair(reg) {
             match op2 {
                 4 => self.dbgbvr[n] = value,
-                5 => self.dbgbcr[n] = value,
-                6 => self.dbgwvr[n] = value,
-                _ => self.dbgwcr[n] = value,
+                5 => self.dbgbcr[n] = written_bcr(value),
+                6 => self.dbgwvr[n] = value & !3,
+                _ => self.dbgwcr[n] = written_wcr(value),
             }
             return true;
         }
@@ -343,7 +346,7 @@ impl Sys {
             TPIDRRO_EL0 => self.tpidrro_el0 = value,
             CSSELR_EL1 => self.csselr = value & 0xf,
             CNTKCTL_EL1 => self.cntkctl = value & 0x3ff,
-            MDSCR_EL1 => self.mdscr = value & 0xffff_ffff,
+            MDSCR_EL1 => self.mdscr = self.written_mdscr(value),
             MDCCINT_EL1 => self.mdccint = value & 0x6000_0000,
             OSLAR_EL1 => {
                 self.oslsr = OSLSR_OSLM | if value & 1 != 0 { OSLSR_OSLK } else { 0 };

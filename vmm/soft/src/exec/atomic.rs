@@ -13,6 +13,7 @@ use portable_atomic::AtomicU128;
 
 use crate::{
     cpu::{Cpu, Exclusive},
+    debug::Watched,
     exec::loadstore::Loaded,
     op::Op,
 };
@@ -258,6 +259,7 @@ pub(crate) unsafe fn ldxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *co
     let Ok(value) = loaded else { return ptr::null() };
     fence(Ordering::SeqCst);
     cpu.exclusive = Some(Exclusive { address: at, size, value });
+    cpu.stepped_exclusive = true;
     if PAIR {
         let bits = u32::from(o.d) * 8;
         cpu.r.x[o.a as usize] = value as u64 & u64::MAX >> (64 - bits);
@@ -276,7 +278,7 @@ pub(crate) unsafe fn stxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *co
     let o = unsafe { &*op };
     let at = cpu.r.x[o.b as usize];
     let size = if PAIR { o.d * 2 } else { o.d };
-    let Ok(host) = cpu.atomic(o, at, u64::from(size)) else { return ptr::null() };
+    let Ok(host) = cpu.atomic_in(o, at, u64::from(size), Watched::Store) else { return ptr::null() };
     let first = u128::from(cpu.r.x[o.a as usize]);
     let new = if PAIR {
         let bits = u32::from(o.d) * 8;

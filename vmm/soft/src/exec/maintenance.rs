@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     cpu::Cpu,
+    debug::Watched,
     mem::Stopped,
     mmu::{self, Access, Fault},
     op::Op,
@@ -57,6 +58,8 @@ const DC_CVAC: u32 = maintenance(3, 10, 1);
 const DC_CVAU: u32 = maintenance(3, 11, 1);
 const DC_CIVAC: u32 = maintenance(3, 14, 1);
 const DC_ZVA: u32 = maintenance(3, 4, 1);
+/// Bytes of a data cache line, CTR_EL0.DminLine.
+const DC_LINE: u64 = 64;
 const AT_S1E1R: u32 = maintenance(0, 8, 0);
 const AT_S1E1W: u32 = maintenance(0, 8, 1);
 const AT_S1E0R: u32 = maintenance(0, 8, 2);
@@ -86,11 +89,22 @@ pub(crate) unsafe fn cache(cpu: &mut Cpu, op: *const Op) -> *const Op {
         // SAFETY: the same op.
         DC_ZVA => return unsafe { super::loadstore::dc_zva(cpu, op) },
         // There are no data caches: only the address is checked.
-        DC_CVAC | DC_CVAU | DC_CIVAC | DC_IVAC => {
+        DC_CVAC | DC_CVAU | DC_CIVAC => {
             if cpu.fast_read(cpu.regime, va, 1).is_none()
                 && let Err(fault) = cpu.translate(va, Access::Read, cpu.regime)
             {
                 cpu.cache_fault(o, va, fault);
+                return ptr::null();
+            }
+        }
+        // Loses what is in the line, so it needs the right to write, and watchpoints take it for a store.
+        DC_IVAC => {
+            if let Err(fault) = cpu.translate(va, Access::Write, cpu.regime) {
+                cpu.cache_fault(o, va, fault);
+                return ptr::null();
+            }
+            let (regime, line) = (cpu.regime, va & !(DC_LINE - 1));
+            if cpu.watch(regime, o, line, DC_LINE, Watched::Invalidate).is_err() {
                 return ptr::null();
             }
         }

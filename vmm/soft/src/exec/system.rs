@@ -142,6 +142,12 @@ pub(crate) unsafe fn msr(cpu: &mut Cpu, op: *const Op) -> *const Op {
         sys::CNTP_TVAL_EL0 => {
             cpu.sys.cntp_cval = cpu.ticks_at(o).wrapping_add(value as i32 as u64);
         }
+        _ if is_debug(reg) => {
+            return cpu.write_debug(o, reg, value).unwrap_or_else(|| {
+                tracing::debug!(%reg, "MSR to an unknown register");
+                cpu.op_undefined(o)
+            });
+        }
         _ => {
             if !cpu.sys.write_plain(reg, value) {
                 if is_icc(reg) {
@@ -288,7 +294,8 @@ pub(crate) unsafe fn wfi(cpu: &mut Cpu, op: *const Op) -> *const Op {
         cpu.take_wfx_trap();
         return ptr::null();
     }
-    cpu.waiting = true;
+    // A stepped WFI completes at once, as every WFI may (Arm ARM D1.6.2): the step's exception is due.
+    cpu.waiting = !cpu.is_stepping();
     cpu.leave_after(o)
 }
 
@@ -355,6 +362,11 @@ pub(crate) unsafe fn simd(cpu: &mut Cpu, op: *const Op) -> *const Op {
     unsafe { op.add(1) }
 }
 
+/// A register of the debug system, op0 2 (Arm ARM D17.3).
+fn is_debug(reg: SysReg) -> bool {
+    reg.0 >> 14 == 2
+}
+
 fn is_timer(reg: SysReg) -> bool {
     matches!(
         reg,
@@ -387,11 +399,13 @@ impl Cpu {
         self.unbank_sp();
     }
 
-    /// Sets PSTATE.DAIF; an interrupt that this lets in is taken before the next instruction.
+    /// Sets PSTATE.DAIF; an interrupt or debug exception that this lets in is taken before the next
+    /// instruction.
     fn set_daif(&mut self, op: *const Op, o: &Op, daif: u32) -> *const Op {
         self.pstate.daif = daif;
         self.refresh_attention();
-        if self.signals.bits() & self.attention != 0 {
+        let lets_in = self.signals.bits() & self.attention != 0;
+        if lets_in || self.is_debugged() {
             return self.leave_after(o);
         }
         // SAFETY: `op` is `o`, and another op follows.
