@@ -222,8 +222,7 @@ impl Cpu {
     /// Whether the next instruction must be executed by itself, through [`step`](Self::step).
     #[inline]
     pub(crate) fn is_by_instruction(&self) -> bool {
-        self.is_debugged()
-            && (self.sys.mdscr & MDSCR_SS != 0 || self.sys.breaks_on_page(self.pc))
+        self.is_debugged() && (self.sys.mdscr & MDSCR_SS != 0 || self.sys.breaks_on_page(self.pc))
     }
 
     /// Whether a breakpoint matches the instruction at `pc`.

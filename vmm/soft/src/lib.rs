@@ -1,5 +1,6 @@
 //! A software AArch64 CPU: EL0 and EL1 of ARMv8.0-A with LSE, CRC32, PAN and the cryptographic
-//! instructions, FP and Advanced SIMD, the stage-1 MMU, and the generic timers.
+//! instructions, FP and Advanced SIMD, the stage-1 MMU, the generic timers, and self-hosted debug
+//! (software step, breakpoints and watchpoints).
 //!
 //! A [`Cpu`] is one vCPU. It runs until it needs something from outside and says what: an [`Exit`].
 //! It knows no bus, no interrupt controller and no snapshot.

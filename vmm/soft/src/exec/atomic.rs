@@ -278,7 +278,9 @@ pub(crate) unsafe fn stxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *co
     let o = unsafe { &*op };
     let at = cpu.r.x[o.b as usize];
     let size = if PAIR { o.d * 2 } else { o.d };
-    let Ok(host) = cpu.atomic_in(o, at, u64::from(size), Watched::Store) else { return ptr::null() };
+    let Ok(host) = cpu.atomic_in(o, at, u64::from(size), Watched::Store) else {
+        return ptr::null();
+    };
     let first = u128::from(cpu.r.x[o.a as usize]);
     let new = if PAIR {
         let bits = u32::from(o.d) * 8;

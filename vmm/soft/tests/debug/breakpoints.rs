@@ -51,8 +51,8 @@ fn a_breakpoint_stops_before_its_instruction_each_time() {
 fn a_breakpoint_is_met_from_every_side() {
     let far = CODE + 0x3000;
     for (n, word) in [
-        0x1400_0c00, // b .+0x3000
-        0xd61f_0040, // br x2
+        0x1400_0c00,              // b .+0x3000
+        0xd61f_0040,              // br x2
         0xb500_0001 | 0xc00 << 5, // cbnz x1, .+0x3000
     ]
     .into_iter()
@@ -72,7 +72,6 @@ fn a_breakpoint_is_met_from_every_side() {
 
 #[test]
 fn a_breakpoint_set_by_the_guest_works_on_code_that_has_run_before() {
-    // 1: add; msr dbgbcr0_el1, x1; isb; cbz x3, 2f; mov x3, xzr.. b 1b; 2: the page is hot by then.
     let words = [
         ADD,         // 1: the breakpoint's place
         0xf100_0463, // subs x3, x3, #1

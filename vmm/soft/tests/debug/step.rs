@@ -231,7 +231,13 @@ fn registers_of_the_debug_system_have_only_the_bits_that_exist() {
     // msr dbgbcr0_el1, x1; mrs x1, dbgbcr0_el1; msr mdscr_el1, x3; mrs x3, mdscr_el1;
     // msr oslar_el1, x4; msr mdscr_el1, x5; mrs x5, mdscr_el1; hvc #0x21
     let words = [
-        0xd510_00a1, 0xd530_00a1, 0xd510_0243, 0xd530_0243, 0xd510_1084, 0xd510_0245, 0xd530_0245,
+        0xd510_00a1,
+        0xd530_00a1,
+        0xd510_0243,
+        0xd530_0243,
+        0xd510_1084,
+        0xd510_0245,
+        0xd530_0245,
         0xd400_0422,
     ];
     let mut guest = Guest::new(&words);
@@ -250,7 +256,8 @@ fn registers_of_the_debug_system_have_only_the_bits_that_exist() {
 fn instruction() -> impl Strategy<Value = u32> {
     let register = 1u32..8;
     let loads = vec![0xf940_0000u32, 0xf900_0000, 0x3940_0000, 0xb900_0000, 0x3dc0_0000];
-    let data = vec![0x8b00_0000u32, 0xcb00_0000, 0xeb00_0000, 0x9b00_7c00, 0xca00_0000, 0x9ac0_2000];
+    let data =
+        vec![0x8b00_0000u32, 0xcb00_0000, 0xeb00_0000, 0x9b00_7c00, 0xca00_0000, 0x9ac0_2000];
     prop_oneof![
         4 => (prop::sample::select(data), register.clone(), register.clone(), register.clone())
             .prop_map(|(word, d, n, m)| word | m << 16 | n << 5 | d),

@@ -136,7 +136,8 @@ fn invalidating_a_cache_line_counts_as_a_store_to_it() {
 
 #[test]
 fn a_store_that_meets_a_watchpoint_leaves_no_trace() {
-    let mut guest = watching(0xf900_0041, &[(wvr(0), DATA), (wcr(0), E | AT_EL0 | STORES | bas(1))]);
+    let mut guest =
+        watching(0xf900_0041, &[(wvr(0), DATA), (wcr(0), E | AT_EL0 | STORES | bas(1))]);
     guest.cpu.set_x(1, 0x1234);
     assert_eq!(guest.enter(CODE, EL0).esr, watchpoint(true));
     assert_eq!(guest.machine.read64(DATA), 0);
@@ -157,7 +158,8 @@ fn a_store_across_pages_meets_a_watchpoint_on_either() {
 
 #[test]
 fn an_access_that_is_stepped_meets_its_watchpoint() {
-    let mut guest = watching(0xf900_0041, &[(wvr(0), DATA), (wcr(0), E | AT_EL0 | STORES | bas(1))]);
+    let mut guest =
+        watching(0xf900_0041, &[(wvr(0), DATA), (wcr(0), E | AT_EL0 | STORES | bas(1))]);
     guest.set(&[(MDSCR_EL1, SS | MDE)]);
     let taken = guest.enter(CODE, EL0 | SPSR_SS);
     assert_eq!(taken, from_el0(watchpoint(true), CODE, EL0 | SPSR_SS));
