@@ -12,6 +12,7 @@ use std::mem;
 use crate::{
     cpu::Cpu,
     mem::Stopped,
+    mmu,
     op::Op,
     sys::{DEBUG_PAIRS, OSLSR_OSLK, Sys},
     tlb::Regime,
@@ -86,8 +87,7 @@ impl Sys {
 
     /// Bits of `va` that address comparisons look at: TCR_EL1.TBI takes out the top byte.
     fn compared(&self, va: u64) -> u64 {
-        let ignored = self.tcr >> (37 + (va >> 55 & 1)) & 1 != 0;
-        if ignored { va << 8 >> 8 } else { va }
+        if mmu::ignores_top_byte(self, va) { mmu::untagged(va) } else { va }
     }
 
     /// Whether a breakpoint or watchpoint with `control` is enabled for EL1 or EL0 (AArch64.StateMatch). The

@@ -1,7 +1,6 @@
 //! Software step, breakpoints and watchpoints, rule by rule (Arm ARM D2).
 
 mod breakpoints;
-mod common;
 mod guest;
 mod step;
 mod watchpoints;

@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 use squib_soft::Exit;
 
-use crate::{common::BASE, guest::*};
+use super::guest::*;
+use crate::common::BASE;
 
 const NOP: u32 = 0xd503_201f;
 const ADD: u32 = 0x9100_0400; // add x0, x0, #1

@@ -2,13 +2,14 @@
 
 use squib_soft::{Exit, SysReg};
 
-use crate::{
-    common::{PXN, READ_ONLY, Tables, USER, VALID_PAGE},
-    guest::*,
-};
+use super::guest::*;
+use crate::common::{PXN, READ_ONLY, Tables, USER, VALID_PAGE};
 
 const ADD: u32 = 0x9100_0400; // add x0, x0, #1
 const SVC: u32 = 0xd400_00a1; // svc #5
+
+/// Of a descriptor: not executable by EL0.
+const UXN: u64 = 1 << 54;
 
 // DBGBCR<n>_EL1.
 const E: u64 = 1;
@@ -182,7 +183,7 @@ fn a_breakpoint_comes_after_fetch_faults_and_before_all_else() {
     let taken = guest.enter(CODE + 2, EL0);
     assert_eq!(taken.esr >> 26, 0x22, "an unaligned PC");
     // Not executable by EL0; and with the page mapped for it.
-    for (attributes, ec) in [(READ_ONLY, 0x20), (READ_ONLY | USER | PXN, 0x30)] {
+    for (attributes, ec) in [(READ_ONLY | UXN, 0x20), (READ_ONLY | USER | PXN, 0x30)] {
         let mut guest = breaking(&[ADD], &on(CODE));
         let tcr = {
             let mut tables = Tables::new(&guest.machine, 12);

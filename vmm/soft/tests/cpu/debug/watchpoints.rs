@@ -3,10 +3,8 @@
 use proptest::prelude::*;
 use squib_soft::{Exit, SysReg};
 
-use crate::{
-    common::{BASE, READ_ONLY, Tables, USER, VALID_PAGE},
-    guest::*,
-};
+use super::guest::*;
+use crate::common::{BASE, READ_ONLY, Tables, USER, VALID_PAGE};
 
 const SVC: u32 = 0xd400_00a1; // svc #5
 
