@@ -60,7 +60,8 @@ fn a_breakpoint_is_met_from_every_side() {
     .enumerate()
     {
         let mut guest = breaking(&[word], &[(bvr(1), far), (bcr(1), E | AT_EL0)]);
-        (guest.cpu.set_x(1, 1), guest.cpu.set_x(2, far));
+        guest.cpu.set_x(1, 1);
+        guest.cpu.set_x(2, far);
         guest.machine.write(far, &[SVC]);
         assert_eq!(guest.enter(CODE, EL0), from_el0(BREAKPOINT, far, EL0), "branch {n}");
     }
@@ -83,7 +84,8 @@ fn a_breakpoint_set_by_the_guest_works_on_code_that_has_run_before() {
     ];
     let registers = [(bvr(0), CODE), (MDSCR_EL1, MDE | KDE)];
     let mut guest = breaking(&words, &registers);
-    (guest.cpu.set_x(1, E | AT_EL1), guest.cpu.set_x(3, 3));
+    guest.cpu.set_x(1, E | AT_EL1);
+    guest.cpu.set_x(3, 3);
     let taken = guest.enter(CODE, EL1H);
     assert_eq!((taken.esr, taken.elr), (BREAKPOINT | SAME_EL, CODE));
     assert_eq!(guest.cpu.x(0), 3);

@@ -264,7 +264,8 @@ fn a_watchpoint_set_by_the_guest_works_on_data_that_was_used_before() {
     let words = [0xf900_0041, 0xd510_00e3, 0xf900_0041, 0xd510_00ff, 0xf900_0041, SVC];
     let mut guest = Guest::new(&words);
     guest.set(&[(MDSCR_EL1, MDE | KDE), (wvr(0), DATA)]);
-    (guest.cpu.set_x(2, DATA), guest.cpu.set_x(3, E | AT_EL1 | STORES | bas(0xff)));
+    guest.cpu.set_x(2, DATA);
+    guest.cpu.set_x(3, E | AT_EL1 | STORES | bas(0xff));
     let taken = guest.enter(CODE, EL1H);
     assert_eq!((taken.esr, taken.elr), (watchpoint(true) | SAME_EL, CODE + 8));
     guest.set(&[(ELR_EL1, CODE + 12)]);
