@@ -41,14 +41,15 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// The kernel: an arm64 Image, raw, gzip, zstd or EFI zboot.
+    /// The kernel: an arm64 Image, raw, gzip, zstd or EFI zboot [default: the guest kit's].
     #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
-    /// The initial RAM file system.
+    pub(crate) kernel: Option<PathBuf>,
+    /// The initial RAM file system [default: the guest kit's with the guest kit's kernel, none with another].
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// A raw disk image; may be given several times, the first one is /dev/vda.
-    #[arg(long = "disk", value_name = "PATH[,ro][,id=ID]")]
+    /// A raw disk image; may be given several times, the first one is /dev/vda. `format=raw` takes as raw bytes
+    /// what looks like an image in a format of its own.
+    #[arg(long = "disk", value_name = "PATH[,ro][,id=ID][,format=raw]")]
     pub(crate) disks: Vec<DiskArg>,
     /// Guest memory, in MiB or with a suffix K, M or G.
     #[arg(long, default_value = "256M", value_name = "SIZE")]
@@ -66,7 +67,8 @@ pub(crate) struct RunArgs {
     /// What runs the guest's instructions: soft, hvf or kvm.
     #[arg(long, default_value = "soft")]
     pub(crate) backend: String,
-    /// Make every run the same: time is the count of retired instructions, randomness comes from --seed.
+    /// Make every run the same: time is the count of retired instructions, randomness comes from --seed. One
+    /// vCPU, on soft.
     #[arg(long)]
     pub(crate) deterministic: bool,
     /// Seed of a deterministic machine.
@@ -140,7 +142,7 @@ pub(crate) struct DemoArgs {
     /// What runs the guest's instructions.
     #[arg(long, default_value = "soft")]
     pub(crate) backend: String,
-    /// Use a deterministic machine.
+    /// Use a deterministic machine, which has one vCPU.
     #[arg(long)]
     pub(crate) deterministic: bool,
     /// Another kernel than the guest kit's.

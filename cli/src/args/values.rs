@@ -4,12 +4,14 @@ use std::{path::PathBuf, str::FromStr};
 
 use crate::api::types::{DiskMode, DiskModeParam};
 
-/// `PATH[,ro][,id=ID]`. A comma in the path is written twice.
+/// `PATH[,ro][,id=ID][,format=raw]`. A comma in the path is written twice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DiskArg {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
     pub(crate) id: Option<String>,
+    /// Take it as raw bytes whatever it looks like.
+    pub(crate) raw: bool,
 }
 
 impl FromStr for DiskArg {
@@ -21,17 +23,21 @@ impl FromStr for DiskArg {
         let mut words = masked.split(',').map(|word| word.replace('\0', ","));
         let path = words.next().unwrap_or_default();
         if path.is_empty() {
-            return Err("a path is expected: PATH[,ro][,id=ID]".into());
+            return Err("a path is expected: PATH[,ro][,id=ID][,format=raw]".into());
         }
-        let mut disk = Self { path: path.into(), read_only: false, id: None };
+        let mut disk = Self { path: path.into(), read_only: false, id: None, raw: false };
         for word in words {
             match word.split_once('=') {
                 None if word == "ro" && !disk.read_only => disk.read_only = true,
                 Some(("id", id)) if disk.id.is_none() => disk.id = Some(id.to_owned()),
+                Some(("format", "raw")) if !disk.raw => disk.raw = true,
+                Some(("format", other)) if other != "raw" => {
+                    return Err(format!("format `{other}`: only raw disks can be used"));
+                }
                 _ => {
                     return Err(format!(
                         "`{word}` is not an option of a disk, or is given twice: \
-                         PATH[,ro][,id=ID], a comma in the path written twice"
+                         PATH[,ro][,id=ID][,format=raw], a comma in the path written twice"
                     ));
                 }
             }
@@ -158,7 +164,7 @@ mod tests {
     #[test]
     fn a_disk_is_a_path_with_options() {
         let disk = |text: &str| text.parse::<DiskArg>();
-        let plain = DiskArg { path: "a.img".into(), read_only: false, id: None };
+        let plain = DiskArg { path: "a.img".into(), read_only: false, id: None, raw: false };
         assert_eq!(disk("a.img"), Ok(plain.clone()));
         let full = DiskArg { read_only: true, id: Some("data".into()), ..plain };
         assert_eq!(disk("a.img,ro,id=data"), Ok(full.clone()));

@@ -21,6 +21,8 @@ use squib_formats::{
     snapshot_dir::Snapshot,
 };
 
+use squib_vmm::config::{Deterministic, MachineConfig};
+
 use self::{
     guest::{Guest, counts, sums},
     report::{Check, Report},
@@ -28,7 +30,7 @@ use self::{
 use crate::{
     api::types::{DiskReport, SnapshotCreateParams, SnapshotReport},
     args::DemoArgs,
-    commands::run::absolute,
+    commands::run::{self, absolute},
     events::end_on_signal,
     exit::{Code, Result, WithCode},
     kit::{self, FetchOptions, Kit},
@@ -45,6 +47,15 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const HOST_TIME: &[&str] = &["time"];
 
 pub(crate) fn demo(args: &DemoArgs) -> Result<Code> {
+    // Before anything is fetched or made.
+    let machine = MachineConfig {
+        memory: args.memory.0,
+        vcpus: args.cpus,
+        backend: run::backend(&args.backend)?,
+        deterministic: args.deterministic.then(Deterministic::default),
+        ..MachineConfig::new("demo", "")
+    };
+    machine.validate().code(Code::Usage)?;
     let work = WorkDir::new(args.keep.as_deref())?;
     let at_signal = WorkDir { path: work.path.clone(), keep: work.keep };
     end_on_signal(move || {

@@ -1,15 +1,20 @@
 //! `squib run`.
 
+mod inputs;
+
 use std::{path::Path, time::Instant};
 
+use squib_snapshot::host;
 use squib_vmm::{
-    config::{BackendKind, Deterministic, DiskConfig, MachineConfig, default_cmdline},
+    config::{BackendKind, Deterministic, DiskConfig, MachineConfig},
     machine::{Machine, MachineError},
 };
 
+use self::inputs::Boot;
 use crate::{
     args::{DiskArg, RunArgs},
     exit::{Code, Failure, Result, WithCode},
+    output::{bytes, say},
     session::Session,
 };
 
@@ -57,12 +62,17 @@ fn config(args: &RunArgs) -> Result<MachineConfig> {
         .enumerate()
         .map(|(at, disk)| disk_config(at, disk))
         .collect::<Result<Vec<_>>>()?;
-    let cmdline =
-        args.cmdline.clone().unwrap_or_else(|| default_cmdline(args.initrd.is_some(), &disks));
+    inputs::check_twice(&disks)?;
+    for (arg, disk) in args.disks.iter().zip(&disks) {
+        if !arg.raw {
+            inputs::check_raw(&disk.path)?;
+        }
+    }
+    let Boot { kernel, initrd, cmdline } = Boot::choose(args, &disks)?;
     let config = MachineConfig {
         memory: args.memory.0,
         vcpus: args.cpus,
-        initrd: args.initrd.as_deref().map(absolute).transpose()?,
+        initrd,
         cmdline,
         disks,
         backend: backend(&args.backend)?,
@@ -72,11 +82,25 @@ fn config(args: &RunArgs) -> Result<MachineConfig> {
         on_reset: args.on_reset.into(),
         ..MachineConfig::new(
             args.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id())),
-            absolute(&args.kernel)?,
+            kernel,
         )
     };
     config.validate().code(Code::Usage)?;
+    warn_of_memory(config.memory);
     Ok(config)
+}
+
+/// Says that the host has less memory than the guest may use. Guests seldom use all of it.
+fn warn_of_memory(memory: u64) {
+    if let Some(host) = host::memory()
+        && memory > host.total
+    {
+        say!(
+            "squib: the guest has {} of memory, this host {}: a guest that uses it all brings the host down",
+            bytes(memory),
+            bytes(host.total)
+        );
+    }
 }
 
 fn disk_config(at: usize, disk: &DiskArg) -> Result<DiskConfig> {

@@ -29,9 +29,9 @@ use apt::Apt;
 use rustix::fs::{FlockOperation, flock};
 use squib_formats::storage;
 
-/// The package whose dependency names the newest kernel.
 /// What a guest runs to keep its wall clock with its RTC.
 const CLOCK: &str = include_str!("clock.sh");
+/// The package whose dependency names the newest kernel.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-arm64";
 
 /// The files of a guest, ready to be used.

@@ -3,6 +3,7 @@
 mod common;
 mod console;
 mod faults;
+mod inputs;
 mod life;
 mod modes;
 mod reboot;

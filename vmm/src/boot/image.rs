@@ -71,6 +71,14 @@ pub enum ImageError {
         /// Bytes allowed.
         limit: u64,
     },
+    /// The file ends before the kernel does.
+    #[error("it is cut short: its header names {needed} bytes, and there are {length}")]
+    Cut {
+        /// Bytes up to the end of the last part that the header names.
+        needed: u64,
+        /// Bytes of the file, decompressed.
+        length: u64,
+    },
     /// An EFI zboot image with a compression that is not supported.
     #[error("it is an EFI zboot image compressed with `{name}`; gzip and zstd are supported")]
     Compression {
@@ -125,10 +133,34 @@ fn parse(bytes: Vec<u8>, limit: u64) -> Result<Image, ImageError> {
         _ => PageSize::Kib64,
     };
     let length = bytes.len() as u64;
+    // image_size counts BSS, which no file holds; only the EFI header tells what the file should have.
+    let needed = efi_length(&bytes);
+    if needed > length {
+        return Err(ImageError::Cut { needed, length });
+    }
     Ok(match image_size {
         0 => Image { bytes, text_offset: OLD_TEXT_OFFSET, size: length, page_size },
         size => Image { bytes, text_offset, size: size.max(length), page_size },
     })
+}
+
+/// Where the last section in the PE/COFF header of an `Image` with an EFI stub ends, in bytes; 0 without one.
+fn efi_length(file: &[u8]) -> u64 {
+    let sections = || {
+        let pe = u32_at(file, 0x3c)? as usize;
+        if !file.starts_with(b"MZ") || file.get(pe..pe.checked_add(4)?) != Some(b"PE\0\0") {
+            return None;
+        }
+        let count = usize::from(u16_at(file, pe + 6)?);
+        let table = pe + 24 + usize::from(u16_at(file, pe + 20)?);
+        let end = |section: usize| {
+            let at = table + section * 40;
+            let (size, offset) = (u32_at(file, at + 16)?, u32_at(file, at + 20)?);
+            Some(u64::from(offset) + u64::from(size))
+        };
+        (0..count).filter_map(end).max()
+    };
+    sections().unwrap_or(0)
 }
 
 /// The unpacked content if `data` is compressed.
@@ -251,7 +283,15 @@ fn u32_at(file: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.try_into().ok()?))
 }
 
-fn start_of(file: &[u8]) -> String {
+/// Whether the file is a kernel for this machine or another, as far as its first bytes tell.
+pub(super) fn is_kernel(file: &[u8]) -> bool {
+    u32_at(file, 56) == Some(MAGIC)
+        || file.get(4..8) == Some(b"zimg")
+        || foreign(file).is_some_and(|_| !file.starts_with(b"\x7fELF"))
+}
+
+/// The first bytes of `file`, for people.
+pub(super) fn start_of(file: &[u8]) -> String {
     if file.is_empty() {
         return "nothing: it is empty".to_owned();
     }
@@ -297,6 +337,32 @@ pub(super) mod tests {
         file[24..24 + name.len()].copy_from_slice(name);
         file.extend(payload);
         file
+    }
+
+    #[test]
+    fn a_kernel_that_ends_before_its_last_efi_section_is_cut_short() {
+        let mut file = kernel(0, 0x8000, 0, 0x3000);
+        file[..2].copy_from_slice(b"MZ");
+        file[0x3c..0x40].copy_from_slice(&0x40u32.to_le_bytes());
+        // PE header at 0x40: 2 sections behind 16 bytes of optional header.
+        file[0x40..0x44].copy_from_slice(b"PE\0\0");
+        file[0x46..0x48].copy_from_slice(&2u16.to_le_bytes());
+        file[0x54..0x56].copy_from_slice(&16u16.to_le_bytes());
+        for (section, size, offset) in [(0, 0x1000u32, 0x1000u32), (1, 0x1000, 0x2000)] {
+            let at = 0x40 + 24 + 16 + section * 40;
+            file[at + 16..at + 20].copy_from_slice(&size.to_le_bytes());
+            file[at + 20..at + 24].copy_from_slice(&offset.to_le_bytes());
+        }
+        unpack(file.clone(), LIMIT).unwrap();
+        file.pop();
+        let error = unpack(file.clone(), LIMIT).unwrap_err().to_string();
+        assert!(error.contains("12288 bytes") && error.contains("12287"), "{error}");
+        // A hostile header does not overflow, nor leave the file.
+        for at in [0x3c, 0x46, 0x54, 0x40 + 24 + 16 + 16, 0x40 + 24 + 16 + 20] {
+            let mut bad = file.clone();
+            bad[at..at + 2].fill(0xff);
+            let _ = unpack(bad, LIMIT);
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     fdt::{FdtError, Guest, device_tree},
-    image::{Image, ImageError, PageSize, unpack},
+    image::{self, Image, ImageError, PageSize, is_kernel, unpack},
 };
 use crate::{
     config::MachineConfig,
@@ -73,6 +73,14 @@ pub enum BootError {
         path: PathBuf,
         /// What it is instead.
         source: ImageError,
+    },
+    /// The initrd is nothing that a kernel unpacks.
+    #[error("initrd {}: it is {found}; a cpio archive is needed, plain or compressed", path.display())]
+    Initrd {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        found: String,
     },
     /// The kernel does not fit into RAM.
     #[error(
@@ -139,6 +147,8 @@ fn load_with(config: &MachineConfig, ram: &GuestRam, mut seeds: Seeds) -> Result
     let (initrd, initrd_digest) = match &config.initrd {
         Some(path) => {
             let (bytes, digest) = read_file("initrd", path, config.initrd_digest, memory)?;
+            check_initrd(&bytes)
+                .map_err(|found| BootError::Initrd { path: path.clone(), found })?;
             (Some(place_initrd(path, &bytes, ram, kernel_end, fdt)?), Some(digest))
         }
         None => (None, None),
@@ -176,6 +186,36 @@ fn place_kernel(path: &Path, image: &Image, limit: u64, memory: u64) -> Result<u
         });
     }
     Ok(start)
+}
+
+/// How an initial RAM file system begins, as Linux's lib/decompress.c and init/initramfs.c know it.
+const INITRD_MAGICS: &[&[u8]] = &[
+    b"070701",
+    b"070702",
+    &[0x1f, 0x8b],
+    &[0x1f, 0x9e],
+    b"BZh",
+    &[0x5d, 0x00],
+    b"\xfd7zXZ\0",
+    &[0x89, b'L', b'Z', b'O'],
+    &[0x02, 0x21, 0x4c, 0x18],
+    &[0x28, 0xb5, 0x2f, 0xfd],
+];
+
+/// Says what `bytes` are if no kernel can unpack them. Linux skips zeros in front of an archive.
+fn check_initrd(bytes: &[u8]) -> Result<(), String> {
+    let start = bytes.iter().position(|byte| *byte != 0);
+    let Some(content) = start.map(|start| &bytes[start..]) else {
+        let empty = bytes.is_empty();
+        return Err(if empty { "empty" } else { "nothing but zeros" }.to_owned());
+    };
+    if INITRD_MAGICS.iter().any(|magic| content.starts_with(magic)) {
+        return Ok(());
+    }
+    Err(match is_kernel(bytes) {
+        true => "a kernel".to_owned(),
+        false => format!("no archive: it begins with {}", image::start_of(bytes)),
+    })
 }
 
 /// Puts the initrd just below `limit`; returns its range.
@@ -262,7 +302,9 @@ mod tests {
         config.memory = map::RAM_MIN;
         config.initrd = initrd.map(|length| {
             let path = dir.path().join("initrd");
-            std::fs::write(&path, vec![0xa5; length]).unwrap();
+            let mut archive = vec![0xa5; length];
+            archive[..6].copy_from_slice(b"070701");
+            std::fs::write(&path, archive).unwrap();
             path
         });
         Files { dir, config, ram: GuestRam::new(map::RAM_MIN).unwrap() }
@@ -283,7 +325,7 @@ mod tests {
         assert_eq!(u32::from_be(tree), 0xd00d_feed);
         let mut found = vec![0; 0x1_2345];
         files.ram.read_slice(&mut found, GuestAddress(end - 0x3_0000)).unwrap();
-        assert!(found.iter().all(|byte| *byte == 0xa5));
+        assert!(found[6..].iter().all(|byte| *byte == 0xa5));
     }
 
     #[test]
@@ -337,6 +379,26 @@ mod tests {
             let error = load(&files.config, &files.ram).unwrap_err().to_string();
             assert!(error.ends_with("not a regular file"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_no_archive_is_no_initrd() {
+        let image = kernel(0, 64, 0, 64);
+        for (bytes, said) in [
+            (&b""[..], "it is empty"),
+            (&[0; 512], "nothing but zeros"),
+            (&image, "it is a kernel"),
+            (b"\x7fELF\x02\x01\x01", "it begins with 7f 45 4c 46"),
+            (&[0xa5; 4096], "it begins with a5 a5"),
+        ] {
+            let mut files = files(&image, None);
+            let path = files.dir.path().join("initrd");
+            std::fs::write(&path, bytes).unwrap();
+            files.config.initrd = Some(path);
+            let error = load(&files.config, &files.ram).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+        }
+        check_initrd(b"\0\0\0\0070701").unwrap();
     }
 
     #[test]

@@ -10,6 +10,8 @@ mod faults;
 mod life;
 #[path = "../../../../cli/tests/vm/modes.rs"]
 mod modes;
+#[path = "../../../../cli/tests/vm/reboot.rs"]
+mod reboot;
 
 mod backends;
 mod disks;
