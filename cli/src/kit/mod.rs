@@ -61,7 +61,7 @@ pub struct FetchOptions {
 impl Kit {
     /// The newest kit in the cache, without any access to a network; `None` if there is none.
     pub fn cached() -> Result<Option<Self>, KitError> {
-        match Store::open()?.current() {
+        match Store::find()?.current() {
             Some(version) => version.kit().map(Some),
             None => Ok(None),
         }
@@ -217,6 +217,11 @@ impl Store {
             .create(&dir)
             .map_err(|e| KitError::io(&dir, e))?;
         Ok(Self { dir })
+    }
+
+    /// As [`open`](Self::open), but nothing is made.
+    fn find() -> Result<Self, KitError> {
+        Ok(Self { dir: cache_dir()?.join("kit") })
     }
 
     fn current(&self) -> Option<Version> {

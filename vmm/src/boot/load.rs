@@ -398,7 +398,7 @@ mod tests {
             let error = load(&files.config, &files.ram).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
         }
-        check_initrd(b"\0\0\0\0070701").unwrap();
+        check_initrd(&[&[0; 4][..], b"070701"].concat()).unwrap();
     }
 
     #[test]
