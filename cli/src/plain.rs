@@ -28,6 +28,16 @@ pub(crate) fn plain_json(json: &str) -> Cow<'_, str> {
     })
 }
 
+/// The text as one word of a command line that a user may copy into a shell: what others wrote must not
+/// become a command of its own.
+pub(crate) fn shell_word(text: &str) -> Cow<'_, str> {
+    let safe = |c: char| c.is_ascii_alphanumeric() || "/._-=+,:@%".contains(c);
+    match !text.is_empty() && text.chars().all(safe) {
+        true => Cow::Borrowed(text),
+        false => Cow::Owned(format!("'{}'", text.replace('\'', r"'\''"))),
+    }
+}
+
 fn escape(
     text: &str,
     stays: impl Fn(char) -> bool,
@@ -94,6 +104,13 @@ mod tests {
     #[test]
     fn what_others_wrote_stays_in_its_line() {
         assert_eq!(plain_line("a\nok\tb\rc"), "a\\nok\\tb\\rc");
+    }
+
+    #[test]
+    fn a_word_for_a_shell_is_one_word() {
+        assert_eq!(shell_word("vda=/disks/a-1.img"), "vda=/disks/a-1.img");
+        assert_eq!(shell_word("/a; rm $(b) 'c"), "'/a; rm $(b) '\\''c'");
+        assert_eq!(shell_word(""), "''");
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod image;
 pub mod layer;
 pub mod manifest;
 pub mod names;
+pub mod open;
 pub mod persist;
 pub mod publish;
 pub mod reorder;

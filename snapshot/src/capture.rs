@@ -72,7 +72,7 @@ pub trait Guest: Sync {
     fn wall_ns(&self) -> u64;
     /// One of its disks; of what lies at its path, nothing is known but the bytes.
     fn open_disk(&self, disk: &DiskConfig) -> Result<Arc<DiskGranules>, DiskError> {
-        let file = disks::open(&disk.id, &disk.path, true, None)?;
+        let file = disks::open(&disk.id, &disk.path, true)?;
         Ok(Arc::new(TrackedDisk::granules_of(&disk.id, file, false)))
     }
 }

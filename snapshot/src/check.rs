@@ -41,6 +41,9 @@ pub struct CheckOptions<'a> {
     pub disk_dir: Option<PathBuf>,
     /// Files to use as the disks of these ids.
     pub disk_places: BTreeMap<String, PathBuf>,
+    /// Places of this host in which the snapshot may name a disk: see
+    /// [`RestoreOptions`](crate::restore::RestoreOptions).
+    pub allowed_disks: Vec<PathBuf>,
     /// What to do with a disk outside the snapshot that has changed.
     pub changed_disks: ChangedDisks,
     /// Where else to look for the snapshots that a difference builds on.

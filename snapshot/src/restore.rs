@@ -30,7 +30,7 @@ use crate::{
     boot_files::{self, BootFileError, BootFiles},
     compat::{self, Mismatch},
     config,
-    disks::{self, ChangedDisks, CheckError, Disks},
+    disks::{self, ChangedDisks, CheckError, Disks, Outside},
     memory::{self, CacheError, ImageBaseline, Loader, PublishedBaseline, TemplateCache},
     observe::{Phase, Run},
 };
@@ -65,6 +65,9 @@ pub struct RestoreOptions<'a> {
     pub disk_dir: Option<PathBuf>,
     /// Files to use as the disks of these ids, whether captured or not. Their bytes are checked.
     pub disk_places: BTreeMap<String, PathBuf>,
+    /// A disk outside the snapshot is opened where the snapshot says only if it really lies, symbolic links
+    /// resolved, at or below one of these paths. A relative path in a snapshot is always refused.
+    pub allowed_disks: Vec<PathBuf>,
     /// What to do with a disk outside the snapshot that has changed.
     pub changed_disks: ChangedDisks,
     /// Where else to look for the snapshots that a difference builds on: snapshots, or directories of them.
@@ -361,11 +364,11 @@ fn place_disk(
             Ok(path)
         }
         _ => {
-            let place = options.disk_places.get(&record.id);
-            let path = place.map_or(Path::new(&record.path), PathBuf::as_path);
+            let disk = Outside::open(record, &options.disk_places, &options.allowed_disks)?;
+            let path = disk.path.clone();
             let chunk_size = disks::chunk_size(snapshot.manifest(), record);
-            made.check(record, path, chunk_size, options.changed_disks, control)?;
-            Ok(path.to_owned())
+            made.take(record, disk, chunk_size, options.changed_disks, control)?;
+            Ok(path)
         }
     })
 }

@@ -111,6 +111,10 @@ pub(crate) struct RestoreArgs {
     /// Use this file as the snapshot's disk of that id; its bytes have to be those of the snapshot.
     #[arg(long = "disk", value_name = "ID=PATH")]
     pub(crate) disks: Vec<DiskPlace>,
+    /// Let the snapshot use a disk outside of it where it says that the disk lies, if that is at or below this
+    /// path; may be given several times. Such a disk is a file of this host that the guest may read and write.
+    #[arg(long = "allow-disk", value_name = "PATH-PREFIX")]
+    pub(crate) allowed_disks: Vec<PathBuf>,
     /// Existing directory in which the captured disks become files, ID.img each, that stay; they are whole
     /// before the guest runs [default: a private place, filled while it runs and removed when the VM ends].
     #[arg(long, value_name = "DIR")]
@@ -224,6 +228,9 @@ pub(crate) struct CheckArgs {
     /// The file that a restore would use as the disk of that id.
     #[arg(long = "disk", value_name = "ID=PATH")]
     pub(crate) disks: Vec<DiskPlace>,
+    /// Where a restore would let the snapshot use disks outside of it; may be given several times.
+    #[arg(long = "allow-disk", value_name = "PATH-PREFIX")]
+    pub(crate) allowed_disks: Vec<PathBuf>,
     /// Existing directory in which a restore would make the captured disks [default: the private place].
     #[arg(long, value_name = "DIR")]
     pub(crate) disk_dir: Option<PathBuf>,

@@ -1,8 +1,8 @@
 //! Where the disks of a snapshot would be, and whether there is room for them.
 
 use std::{
-    fs::{self, File},
-    path::Path,
+    fs,
+    path::{Path, PathBuf},
 };
 
 use squib_devices::virtio::block::BlockError;
@@ -14,7 +14,7 @@ use squib_formats::{
 
 use super::{CheckOptions, Lines, size};
 use crate::{
-    disks::{self, CheckError, DiskError, data_bytes, free},
+    disks::{self, CheckError, DiskError, Outside, data_bytes, free},
     observe::Phase,
 };
 
@@ -33,9 +33,8 @@ impl Lines {
         let mut needed = 0u64;
         for record in records {
             let what = format!("disk {}", record.id);
-            let place = options.disk_places.get(&record.id);
-            match (record.storage, place) {
-                (DiskStorage::Captured, None) => {
+            match record.storage {
+                DiskStorage::Captured if !options.disk_places.contains_key(&record.id) => {
                     let Some(index) = self.image(&what, snapshot, &record.image_name()) else {
                         continue;
                     };
@@ -43,11 +42,7 @@ impl Lines {
                     needed = needed.saturating_add(room);
                     self.captured(&what, record, room, options.disk_dir.as_deref());
                 }
-                (_, place) => {
-                    let path = place.map_or(Path::new(&record.path), |place| place);
-                    let chunk_size = disks::chunk_size(snapshot.manifest(), record);
-                    self.outside(&what, record, (path, chunk_size), options)?;
-                }
+                _ => self.outside(&what, record, snapshot, options)?,
             }
         }
         if let Some(dir) = &options.disk_dir
@@ -75,26 +70,21 @@ impl Lines {
         }
     }
 
-    /// A disk that lies outside the snapshot, at a path; its digest is one of chunks of that size.
+    /// A disk that lies outside the snapshot. It is opened as the restored machine opens it.
     fn outside(
         &mut self,
         what: &str,
         record: &DiskRecord,
-        (path, chunk_size): (&Path, u32),
+        snapshot: &Snapshot,
         options: &CheckOptions<'_>,
     ) -> Result<(), FormatError> {
-        // The restored machine opens it so.
-        if !record.read_only
-            && let Err(error) = File::options().read(true).write(true).open(path)
-        {
-            let found = format!("{}: {error}", path.display());
-            let advice = "bring it back, or say where it is with --disk ID=PATH";
-            self.missing(what, found, advice);
-            return Ok(());
-        }
+        let chunk_size = disks::chunk_size(snapshot.manifest(), record);
+        let mut path = PathBuf::new();
         let phase = Phase::Disk(record.id.clone());
         let checked = options.run.phase(phase, |control| {
-            disks::check(record, path, chunk_size, options.changed_disks, control)
+            let disk = Outside::open(record, &options.disk_places, &options.allowed_disks)?;
+            path.clone_from(&disk.path);
+            disks::check(record, disk, chunk_size, options.changed_disks, control)
         });
         let changed = "bring back the disk as it was, or go on at the guest's risk with \
                        --allow-changed-disks";
@@ -103,6 +93,15 @@ impl Lines {
                 self.ok(what, format!("{} at {}, unchanged", size(record.size), path.display()));
             }
             Err(CheckError::Format(FormatError::Cancelled)) => return Err(FormatError::Cancelled),
+            Err(CheckError::Disk(error @ DiskError::NotAllowed { .. })) => {
+                let advice = "name the disk to use with --disk ID=PATH, or allow the place that the \
+                              snapshot names with --allow-disk PATH-PREFIX";
+                self.missing(what, error, advice);
+            }
+            Err(CheckError::Disk(error @ DiskError::Io { .. })) => {
+                let advice = "bring it back, or say where it is with --disk ID=PATH";
+                self.missing(what, error, advice);
+            }
             Err(CheckError::Disk(error @ DiskError::Changed { .. })) => {
                 self.differs(what, error, changed);
             }

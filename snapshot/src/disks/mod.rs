@@ -5,20 +5,25 @@
 
 mod capture;
 mod digest;
+mod outside;
 mod restore;
 mod room;
 
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use squib_devices::virtio::block::{BlockError, FileDisk};
-use squib_formats::digest::Digest;
+use squib_formats::{
+    digest::Digest,
+    open::{self, Access, Kind, OpenError},
+};
 
 pub(crate) use capture::{Disk, FrozenDisk};
+pub(crate) use outside::Outside;
 pub(crate) use restore::{CheckError, Disks, check, chunk_size};
 pub use restore::{DiskLoad, FinishError, finish_disks};
 pub(crate) use room::{data_bytes, free};
@@ -98,6 +103,17 @@ pub enum DiskError {
         /// Bytes that can be written there.
         free: u64,
     },
+    /// It lies outside the snapshot, at a place that the user has not allowed.
+    #[error(
+        "disk `{id}`: the snapshot asks for {}, a file of this host that nothing allows it to use",
+        path.display()
+    )]
+    NotAllowed {
+        /// The disk's id.
+        id: String,
+        /// The path in the snapshot.
+        path: PathBuf,
+    },
     /// It is being captured already.
     #[error("disk `{id}`: another snapshot of it is being written")]
     Frozen {
@@ -106,28 +122,33 @@ pub enum DiskError {
     },
 }
 
-/// Opens and locks the disk that lies at `path`. With `expected` it must have that size in bytes.
-pub(crate) fn open(
+/// Opens and locks the disk that lies at `path`.
+pub(crate) fn open(id: &str, path: &Path, read_only: bool) -> Result<FileDisk, DiskError> {
+    let access = if read_only { Access::Read } else { Access::Write };
+    match open::open(path, Kind::Disk, access) {
+        Ok(file) => Ok(FileDisk::from_file(file, path, read_only)?),
+        Err(OpenError::Kind(_)) => Err(BlockError::NotADisk { path: path.to_owned() }.into()),
+        Err(OpenError::Io(source)) => {
+            let (id, path) = (id.to_owned(), path.to_owned());
+            Err(DiskError::Io { id, path, action: "open", source })
+        }
+    }
+}
+
+/// Locks the open disk `file`, which must have `expected` bytes. `path` names it in errors.
+fn lock(
     id: &str,
+    file: File,
     path: &Path,
     read_only: bool,
-    expected: Option<u64>,
+    expected: u64,
 ) -> Result<FileDisk, DiskError> {
-    let failed = |action| {
-        let (id, path) = (id.to_owned(), path.to_owned());
-        move |source| DiskError::Io { id, path, action, source }
-    };
-    // A FIFO would keep the open waiting for its other end.
-    let kind = fs::metadata(path).map_err(failed("open"))?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(BlockError::NotADisk { path: path.to_owned() }.into());
-    }
-    let file = File::options().read(true).write(!read_only).open(path).map_err(failed("open"))?;
     // A block device's size is where its end is; its metadata say 0.
-    let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(failed("read"))?;
-    if let Some(expected) = expected
-        && found != expected
-    {
+    let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(|source| {
+        let (id, path) = (id.to_owned(), path.to_owned());
+        DiskError::Io { id, path, action: "read", source }
+    })?;
+    if found != expected {
         let (id, path) = (id.to_owned(), path.to_owned());
         return Err(DiskError::Size { id, path, expected, found });
     }

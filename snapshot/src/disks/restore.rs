@@ -18,7 +18,7 @@ use squib_formats::{
 };
 use squib_vmm::machine::Machine;
 
-use super::{ChangedDisks, DiskError, create, data_bytes, digest, open, remove, room};
+use super::{ChangedDisks, DiskError, Outside, create, data_bytes, digest, lock, remove, room};
 use crate::memory::{ImageBaseline, ImageOrigin, Loader};
 
 /// How captured disks come back. The guest sees the same bytes in both, and each is verified before it is used.
@@ -86,28 +86,29 @@ pub(crate) fn chunk_size(manifest: &Manifest, record: &DiskRecord) -> u32 {
     }
 }
 
-/// Checks that the disk at `path` is still what `record` says, and in nobody's hands who may write to it.
+/// Checks that `disk` is still what `record` says, and that nobody who may write to it uses it.
 pub(crate) fn check(
     record: &DiskRecord,
-    path: &Path,
+    disk: Outside,
     chunk_size: u32,
     changed: ChangedDisks,
     control: Control<'_>,
 ) -> Result<(), CheckError> {
-    unchanged(record, path, true, chunk_size, changed, control).map(|_| ())
+    unchanged(record, disk, true, chunk_size, changed, control).map(|_| ())
 }
 
-/// The disk at `path`, open and locked, which is still what `record` says.
+/// The disk, locked, which is still what `record` says.
 fn unchanged(
     record: &DiskRecord,
-    path: &Path,
+    disk: Outside,
     read_only: bool,
     chunk_size: u32,
     changed: ChangedDisks,
     control: Control<'_>,
 ) -> Result<Arc<DiskGranules>, CheckError> {
     let DiskRecord { id, size, digest: expected, .. } = record;
-    let file = open(id, path, read_only, Some(*size)).map_err(|error| match error {
+    let Outside { file, path } = disk;
+    let file = lock(id, file, &path, read_only, *size).map_err(|error| match error {
         DiskError::Block(error) => CheckError::Block(error),
         error => CheckError::Disk(error),
     })?;
@@ -120,7 +121,7 @@ fn unchanged(
         frozen.keep(digests);
     }
     if found != *expected {
-        let (id, path, expected) = (id.clone(), path.to_owned(), *expected);
+        let (id, expected) = (id.clone(), *expected);
         let error = DiskError::Changed { id, path, expected, found };
         match changed {
             ChangedDisks::Refuse => return Err(error.into()),
@@ -177,16 +178,16 @@ impl Disks {
         Ok(())
     }
 
-    /// Takes the disk at `path`, which must still be what `record` says.
-    pub(crate) fn check(
+    /// Takes `disk`, which must still be what `record` says.
+    pub(crate) fn take(
         &mut self,
         record: &DiskRecord,
-        path: &Path,
+        disk: Outside,
         chunk_size: u32,
         changed: ChangedDisks,
         control: Control<'_>,
     ) -> Result<(), CheckError> {
-        let granules = unchanged(record, path, record.read_only, chunk_size, changed, control)?;
+        let granules = unchanged(record, disk, record.read_only, chunk_size, changed, control)?;
         self.granules.insert(record.id.clone(), granules);
         Ok(())
     }

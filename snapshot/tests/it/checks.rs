@@ -22,6 +22,7 @@ fn same(options: &RestoreOptions<'_>) -> CheckOptions<'static> {
         backend: options.backend,
         disk_dir: options.disk_dir.clone(),
         disk_places: options.disk_places.clone(),
+        allowed_disks: options.allowed_disks.clone(),
         changed_disks: options.changed_disks,
         parents: options.parents.clone(),
         ..CheckOptions::default()
@@ -29,7 +30,7 @@ fn same(options: &RestoreOptions<'_>) -> CheckOptions<'static> {
 }
 
 /// The report, which has to say what a restore does; the disks of one that is accepted are removed again.
-fn agreed(path: &Path, options: &RestoreOptions<'_>) -> Report {
+pub(crate) fn agreed(path: &Path, options: &RestoreOptions<'_>) -> Report {
     let report = check(path, &same(options)).unwrap();
     let restored = back(path, options);
     assert_eq!(report.accepted, restored.is_ok(), "{report:#?} {:?}", restored.err());

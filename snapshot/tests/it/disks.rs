@@ -76,6 +76,7 @@ pub(crate) fn back(dir: &Path, path: &Path, disks: DiskLoad) -> Restored {
         disk_dir: Some(disk_dir),
         disks,
         memory: MemoryLoad::Record,
+        allowed_disks: vec![dir.to_owned()],
         ..RestoreOptions::default()
     };
     restore(path, &options, Box::new(std::io::sink())).unwrap()
@@ -365,7 +366,11 @@ fn a_captured_disk_of_any_chunk_size_is_known_again_where_it_lies() {
         let copy = dir.path().join("copy");
         fs::copy(dir.path().join("root"), &copy).unwrap();
         let disk_places = BTreeMap::from([("root".to_owned(), copy)]);
-        let options = RestoreOptions { disk_places, ..RestoreOptions::default() };
+        let options = RestoreOptions {
+            disk_places,
+            allowed_disks: vec![dir.path().to_owned()],
+            ..RestoreOptions::default()
+        };
         drop(restore(&path, &options, Box::new(std::io::sink())).unwrap());
         // And it comes back from chunks of that size.
         let machine = back(dir.path(), &path, DiskLoad::Demand).machine;

@@ -7,5 +7,6 @@ mod disks;
 mod guest;
 mod manage;
 mod memory;
+mod outside;
 mod raw_disks;
 mod restores;

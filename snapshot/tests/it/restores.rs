@@ -92,7 +92,8 @@ pub(crate) fn snapshot(dir: &Path) -> (PathBuf, Vec<u8>) {
 pub(crate) fn options(dir: &Path) -> RestoreOptions<'static> {
     let disk_dir = dir.join("disks");
     fs::create_dir(&disk_dir).unwrap();
-    RestoreOptions { disk_dir: Some(disk_dir), ..RestoreOptions::default() }
+    let allowed_disks = vec![dir.to_owned()];
+    RestoreOptions { disk_dir: Some(disk_dir), allowed_disks, ..RestoreOptions::default() }
 }
 
 pub(crate) fn back(path: &Path, options: &RestoreOptions<'_>) -> Result<Restored, RestoreError> {
@@ -304,7 +305,7 @@ fn a_disk_place_serves_for_a_captured_disk_if_its_bytes_are_right() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = snapshot(dir.path());
     let place = BTreeMap::from([("root".to_owned(), dir.path().join("root"))]);
-    let options = RestoreOptions { disk_places: place, ..RestoreOptions::default() };
+    let options = RestoreOptions { disk_places: place, ..options(dir.path()) };
     let restored = back(&path, &options).unwrap();
     assert_eq!(restored.machine.config().disks[0].path, dir.path().join("root"));
     assert_eq!(restored.disks, []);
@@ -404,7 +405,7 @@ fn a_disk_in_use_is_not_shared_with_a_second_machine() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = snapshot(dir.path());
     let place = BTreeMap::from([("root".to_owned(), dir.path().join("root"))]);
-    let options = RestoreOptions { disk_places: place, ..RestoreOptions::default() };
+    let options = RestoreOptions { disk_places: place, ..options(dir.path()) };
     let _first = back(&path, &options).unwrap();
     let second = error(&path, &options);
     assert!(matches!(second, RestoreError::Machine(_)), "{second}");

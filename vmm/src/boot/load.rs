@@ -1,13 +1,15 @@
 //! Puts kernel, initrd and device tree into guest RAM.
 
 use std::{
-    fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use squib_devices::{map, memory::GuestRam};
-use squib_formats::digest::Digest;
+use squib_formats::{
+    digest::Digest,
+    open::{self, Access, Kind},
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
@@ -251,15 +253,7 @@ fn read_file(
     memory: u64,
 ) -> Result<(Vec<u8>, Digest), BootError> {
     let read = || {
-        // Asked before it is opened: the open of a pipe that nobody writes to does not return.
-        let meta = std::fs::metadata(path)?;
-        if meta.is_dir() {
-            return Err(io::Error::from(io::ErrorKind::IsADirectory));
-        }
-        if !meta.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        let file = File::open(path)?;
+        let file = open::open(path, Kind::File, Access::Read)?;
         let meta = file.metadata()?;
         if meta.len() > memory {
             let why = format!("{} bytes, more than the {memory} bytes of memory", meta.len());

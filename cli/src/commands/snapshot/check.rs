@@ -27,6 +27,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
         backend: args.backend.as_deref().map(backend).transpose()?,
         disk_dir: Some(disk_dir),
         disk_places: args.disks.iter().map(|d| (d.id.clone(), d.path.clone())).collect(),
+        allowed_disks: args.allowed_disks.clone(),
         changed_disks: match args.allow_changed_disks {
             true => ChangedDisks::Accept,
             false => ChangedDisks::Refuse,

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -18,7 +19,7 @@ use squib_snapshot::{
     working_set::{Recorded, record},
 };
 use squib_vmm::{
-    config::{MachineConfig, OnReset},
+    config::{DiskConfig, MachineConfig, OnReset},
     hypervisor::HypervisorError,
     machine::{self, ClockPolicy, Identity, MachineError, TimeAway},
 };
@@ -31,6 +32,7 @@ use crate::{
     home::VmDir,
     kit::cache_dir,
     output::{ByteBar, bytes, say},
+    plain::shell_word,
     session::Session,
     timings::Phases,
 };
@@ -58,15 +60,7 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
         let options = options(args, &name, dir, &bar)?;
         let restored = bring_back(&args.dir, &options, console).map_err(failure)?;
         drop(bar);
-        if args.disk_dir.is_none() {
-            for (id, path) in &restored.disks {
-                say!(
-                    "squib: disk {id} is a private copy, removed when the VM ends: {} \
-                     (--disk-dir keeps it, --disk {id}=PATH uses another)",
-                    path.display()
-                );
-            }
-        }
+        tell_files(args, &restored);
         say_time(restored.machine.time_away());
         if let Err(error) = restored.reboot {
             if restored.machine.config().on_reset == OnReset::Restart {
@@ -134,6 +128,24 @@ fn cannot_reboot(error: &BootFileError) -> Failure {
     Failure::new(Code::Usage, anyhow::anyhow!("the guest cannot boot again: {error}{advice}"))
 }
 
+/// Says which files of the host the guest can now read and write.
+fn tell_files(args: &RestoreArgs, restored: &Restored) {
+    for DiskConfig { id, path, read_only } in &restored.machine.config().disks {
+        let path = path.display();
+        let made = restored.disks.iter().any(|(made, _)| made == id);
+        let can = if *read_only { "read" } else { "write to" };
+        let line = match (made, &args.disk_dir) {
+            (true, None) => format!(
+                "disk {id} is a private copy, removed when the VM ends: {path} \
+                 (--disk-dir keeps it, --disk {id}=PATH uses another)"
+            ),
+            (true, Some(_)) => format!("the guest can {can} {path}: disk {id}, made now"),
+            (false, _) => format!("the guest can {can} {path}: disk {id}, outside the snapshot"),
+        };
+        say!("squib: {line}");
+    }
+}
+
 /// Writes down what the guest has needed. That cannot fail the restore, which is over.
 fn note_working_set(args: &RestoreArgs, memory: &GuestRam) {
     match record(&args.dir, memory) {
@@ -169,6 +181,7 @@ fn options<'a>(
         backend: args.backend.as_deref().map(run::backend).transpose()?,
         disk_dir: Some(disk_dir),
         disk_places,
+        allowed_disks: args.allowed_disks.clone(),
         changed_disks: match args.allow_changed_disks {
             true => ChangedDisks::Accept,
             false => ChangedDisks::Refuse,
@@ -228,6 +241,20 @@ fn note(phases: &mut Phases, timings: &RestoreTimings) {
     ]);
 }
 
+/// How the user lets the guest have a disk outside the snapshot, which the snapshot says is at `path`.
+fn allow(id: &str, path: &Path) -> String {
+    if !path.is_absolute() {
+        return format!(": it is a relative path, so name the disk with --disk {id}=PATH");
+    }
+    let this = shell_word(&format!("{id}={}", path.display())).into_owned();
+    let place = path.parent().unwrap_or(path).display().to_string();
+    format!(
+        ": --disk {this} lets the guest have it, --disk {id}=PATH another; --allow-disk {} allows all \
+         that the snapshot names there",
+        shell_word(&place)
+    )
+}
+
 fn failure(error: RestoreError) -> Failure {
     let advice = match &error {
         RestoreError::Format(FormatError::Cancelled) => {
@@ -248,6 +275,9 @@ fn failure(error: RestoreError) -> Failure {
         }
         RestoreError::Disk(DiskError::Changed { .. }) => {
             ": bring back the disk as it was, or go on at the guest's risk with --allow-changed-disks"
+        }
+        RestoreError::Disk(DiskError::NotAllowed { id, path }) => {
+            return Failure::new(Code::Snapshot, anyhow::anyhow!("{error}{}", allow(id, path)));
         }
         RestoreError::NoSuchDisk { .. } => ": `squib snapshot inspect` lists its disks",
         _ => "",

@@ -1,17 +1,18 @@
 //! What lies behind a block device: positioned I/O straight between a file and guest memory.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Seek, SeekFrom},
-    os::{
-        fd::AsRawFd,
-        unix::fs::{FileExt, FileTypeExt},
-    },
+    os::{fd::AsRawFd, unix::fs::FileExt},
     path::Path,
 };
 
 use rustix::fs::FlockOperation;
-use squib_formats::{image::Content, storage};
+use squib_formats::{
+    image::Content,
+    open::{self, Access, Kind, OpenError},
+    storage,
+};
 use vm_memory::VolatileSlice;
 
 use super::{BlockError, SECTOR_SIZE};
@@ -51,14 +52,12 @@ pub(super) const MAX_BATCH: usize = 64;
 impl FileDisk {
     /// Opens and locks `path`: exclusively for writing, shared for reading only.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, BlockError> {
-        let failed = |source| BlockError::Open { path: path.into(), source };
-        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
-        // Opening a FIFO would wait for its other end.
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlockError::NotADisk { path: path.into() });
-        }
-        let file = OpenOptions::new().read(true).write(!read_only).open(path);
-        Self::from_file(file.map_err(failed)?, path, read_only)
+        let access = if read_only { Access::Read } else { Access::Write };
+        let file = open::open(path, Kind::Disk, access).map_err(|error| match error {
+            OpenError::Kind(_) => BlockError::NotADisk { path: path.into() },
+            OpenError::Io(source) => BlockError::Open { path: path.into(), source },
+        })?;
+        Self::from_file(file, path, read_only)
     }
 
     /// Locks `file`, which the caller has opened; `path` names it in errors.
