@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::plain::plain;
+use crate::plain::plain_line;
 
 /// The exit codes of `squib`. They are part of the command line's contract, listed in `squib help`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,14 @@ pub struct Failure {
     pub error: anyhow::Error,
 }
 
+/// An error of several lines: what went wrong, and lines below it.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub(crate) struct Complaint {
+    pub(crate) what: String,
+    pub(crate) lines: Vec<String>,
+}
+
 /// What every command gives back.
 pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
 
@@ -89,7 +97,11 @@ impl fmt::Display for Failure {
                 said.push_str(&cause);
             }
         }
-        f.write_str(&plain(&said))
+        // Texts of others are in it, which must not look like lines of squib's own.
+        f.write_str(&plain_line(&said))?;
+        let complaints = self.error.chain().filter_map(|cause| cause.downcast_ref::<Complaint>());
+        let mut lines = complaints.flat_map(|complaint| &complaint.lines);
+        lines.try_for_each(|line| write!(f, "\n  {}", plain_line(line)))
     }
 }
 
@@ -124,6 +136,14 @@ mod tests {
     fn a_cause_that_its_error_repeats_is_said_once() {
         let error = anyhow::anyhow!("no room").context("a.img: no room").context("cannot start");
         assert_eq!(Failure::from(error).to_string(), "cannot start: a.img: no room");
+    }
+
+    #[test]
+    fn only_what_is_a_line_of_its_own_begins_one() {
+        let lines = ["x\ny", "z"].map(String::from).into();
+        let error = Complaint { what: "bad `a\nsquib: good`".into(), lines };
+        let failure = Failure::from(anyhow::Error::from(error).context("so"));
+        assert_eq!(failure.to_string(), "so: bad `a\\nsquib: good`\n  x\\ny\n  z");
     }
 
     #[test]

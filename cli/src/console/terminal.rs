@@ -8,7 +8,10 @@ use std::{
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use crate::{output, plain::plain};
+use crate::{
+    output,
+    plain::{plain, plain_line},
+};
 
 /// The settings from before raw mode, while it is on.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
@@ -50,12 +53,14 @@ pub(crate) fn message(text: &str) {
     output::message(if raw { text.replace('\n', "\r\n") } else { text.into_owned() }.as_bytes());
 }
 
-/// Writes as [`message`] does.
+/// Writes each event of the log as a line, [`plain_line`].
 pub(crate) struct Messages;
 
 impl Write for Messages {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        message(&String::from_utf8_lossy(bytes));
+        // One event, which ends with the line's end: the library writes each in one piece.
+        let text = String::from_utf8_lossy(bytes);
+        message(&format!("{}\n", plain_line(text.strip_suffix('\n').unwrap_or(&text))));
         Ok(bytes.len())
     }
 

@@ -195,7 +195,7 @@ pub(super) fn output(mut command: Command) -> Result<String, KitError> {
     }
     let complaint = String::from_utf8_lossy(&out.stderr);
     let lines: Vec<&str> = complaint.lines().filter(|l| !l.trim().is_empty()).collect();
-    let tail = lines[lines.len().saturating_sub(5)..].join("\n");
+    let tail = lines[lines.len().saturating_sub(5)..].join("; ");
     Err(KitError::Tool { program, status: out.status.to_string(), complaint: tail })
 }
 

@@ -7,6 +7,7 @@ mod inputs;
 mod life;
 mod modes;
 mod reboot;
+mod trust;
 
 /// The program.
 const SQUIB: &str = env!("CARGO_BIN_EXE_squib");

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{api::client::Client, output, timings::Timings};
+use crate::{api::client::Client, exit::Complaint, output, timings::Timings};
 
 /// Lines of console that an error shows.
 const TAIL: usize = 12;
@@ -77,7 +77,9 @@ impl Guest {
     /// Types `text` on the console.
     pub(super) fn send(&mut self, text: &str) -> anyhow::Result<()> {
         let sent = self.stdin.write_all(text.as_bytes()).and_then(|()| self.stdin.flush());
-        sent.with_context(|| self.shared.complain("it does not take input"))
+        sent.map_err(|error| {
+            self.shared.complain(&format!("it does not take input: {error}")).into()
+        })
     }
 
     /// Everything that the guest has written.
@@ -110,7 +112,7 @@ impl Guest {
                 continue;
             };
             drop(log);
-            bail!("{}", self.shared.complain(&format!("waiting for {what}: {why}")));
+            bail!(self.shared.complain(&format!("waiting for {what}: {why}")));
         }
     }
 
@@ -125,7 +127,7 @@ impl Guest {
         let deadline = Instant::now() + patience;
         while client.info().is_err() {
             if self.child.try_wait()?.is_some() || Instant::now() > deadline {
-                bail!("{}", self.shared.complain("waiting for its control socket"));
+                bail!(self.shared.complain("waiting for its control socket"));
             }
             thread::sleep(Duration::from_millis(2));
         }
@@ -147,7 +149,7 @@ impl Guest {
         let text = log.text();
         drop(log);
         if !status.success() {
-            bail!("{}", self.shared.complain(&format!("{when} it ended with {status}")));
+            bail!(self.shared.complain(&format!("{when} it ended with {status}")));
         }
         Ok(text)
     }
@@ -194,13 +196,16 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// An error's text: what went wrong, what the process said, and the end of the console.
-    fn complain(&self, what: &str) -> String {
+    /// An error: what went wrong, what the process said, and the end of the console.
+    fn complain(&self, what: &str) -> Complaint {
         let log = self.lock();
         let text = log.text();
         let console: Vec<&str> = text.lines().collect();
-        let tail = console[console.len().saturating_sub(TAIL)..].join("\n");
-        format!("the guest: {what}\n{}\n--- end of its console:\n{tail}", log.messages.join("\n"))
+        let tail = console[console.len().saturating_sub(TAIL)..].iter().map(ToString::to_string);
+        let mut lines = log.messages.clone();
+        lines.push("--- end of its console:".into());
+        lines.extend(tail);
+        Complaint { what: format!("the guest: {what}"), lines }
     }
 }
 

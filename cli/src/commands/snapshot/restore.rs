@@ -28,7 +28,7 @@ use crate::{
     args::{ClockArg, ModeArg, RestoreArgs, Size},
     commands::run,
     events,
-    exit::{Code, Failure, Result, WithCode},
+    exit::{Code, Complaint, Failure, Result, WithCode},
     home::VmDir,
     kit::cache_dir,
     output::{ByteBar, bytes, say},
@@ -278,6 +278,11 @@ fn failure(error: RestoreError) -> Failure {
         }
         RestoreError::Disk(DiskError::NotAllowed { id, path }) => {
             return Failure::new(Code::Snapshot, anyhow::anyhow!("{error}{}", allow(id, path)));
+        }
+        RestoreError::Incompatible(mismatches) => {
+            let what = "this host cannot go on with the snapshot:".into();
+            let lines = mismatches.iter().map(ToString::to_string).collect();
+            return Failure::new(Code::Snapshot, Complaint { what, lines });
         }
         RestoreError::NoSuchDisk { .. } => ": `squib snapshot inspect` lists its disks",
         _ => "",
