@@ -7,12 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Mode, OFlags};
 use squib_formats::{
     boot_files::write_boot_file,
     digest::Digest,
     error::FormatError,
     manifest::{INITRD_FILE, KERNEL_FILE},
+    open::{self, Access, Kind},
     publish::Staging,
     snapshot_dir::Snapshot,
 };
@@ -121,15 +121,10 @@ fn find(
     (path, usable)
 }
 
-/// Opens a regular file, without waiting for the other end of a FIFO.
 fn open(what: &'static str, path: &Path) -> Result<File, BootFileError> {
-    let failed = |source| BootFileError::Open { what, path: path.to_owned(), source };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let file =
-        rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
-    let file = File::from(file);
-    match file.metadata().map_err(failed)?.is_file() {
-        true => Ok(file),
-        false => Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))),
-    }
+    open::open(path, Kind::File, Access::Read).map_err(|error| BootFileError::Open {
+        what,
+        path: path.to_owned(),
+        source: error.into(),
+    })
 }

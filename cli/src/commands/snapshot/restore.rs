@@ -13,7 +13,7 @@ use squib_snapshot::{
     boot_files::{BootFileError, BootFiles},
     observe::Run,
     restore::{
-        DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings,
+        DiskError, DiskLoad, MemoryLoad, RestoreError, RestoreOptions, RestoreTimings, Restored,
         restore as bring_back,
     },
     working_set::{Recorded, record},
