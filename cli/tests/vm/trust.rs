@@ -94,6 +94,16 @@ fn assert_plain(what: &str, text: &[u8]) {
     assert!(!forged, "{what}: {text}");
 }
 
+/// What a command shows on stdout and stderr, which has to be plain.
+fn shown(place: &Place, words: &[&str]) -> (Vec<u8>, Vec<u8>) {
+    let output = place.squib(words).output().unwrap();
+    assert_ne!(output.status.code(), Some(101), "{words:?}");
+    let what = format!("{words:?}");
+    assert_plain(&what, &output.stdout);
+    assert_plain(&what, &output.stderr);
+    (output.stdout, output.stderr)
+}
+
 #[test]
 fn no_command_writes_what_a_snapshot_holds_so_that_a_terminal_obeys_it() {
     let place = with_outside_disk();
@@ -117,15 +127,7 @@ fn no_command_writes_what_a_snapshot_holds_so_that_a_terminal_obeys_it() {
             m.parent_hint = Some(HOSTILE.into());
         }),
     ];
-    let run = |words: &[&str]| {
-        let output = place.squib(words).output().unwrap();
-        assert_ne!(output.status.code(), Some(101), "{words:?}");
-        let what = format!("{words:?}");
-        assert_plain(&what, &output.stdout);
-        assert_plain(&what, &output.stderr);
-        (output.stdout, output.stderr)
-    };
-    let (mut shown, mut refused) = (0, 0);
+    let (mut told, mut refused) = (0, 0);
     for (field, change) in fields {
         // What this build does not write it may still be given.
         changed(&place, field, change);
@@ -147,8 +149,8 @@ fn no_command_writes_what_a_snapshot_holds_so_that_a_terminal_obeys_it() {
         ];
         for command in commands {
             let words = [&["snapshot"], command].concat();
-            let (out, err) = run(&words);
-            shown += usize::from(out.windows(6).any(|part| part == b"FORGED"));
+            let (out, err) = shown(&place, &words);
+            told += usize::from(out.windows(6).any(|part| part == b"FORGED"));
             refused += usize::from(err.windows(6).any(|part| part == b"FORGED"));
         }
         for made in ["made", "made2", field] {
@@ -156,14 +158,14 @@ fn no_command_writes_what_a_snapshot_holds_so_that_a_terminal_obeys_it() {
         }
     }
     assert!(
-        shown > 30 && refused > 5,
-        "the fields are shown: {shown} on stdout, {refused} on stderr"
+        told > 30 && refused > 5,
+        "the fields are shown: {told} on stdout, {refused} on stderr"
     );
-    hostile_names(&place, &run);
+    hostile_names(&place);
 }
 
 /// Names of files and directories.
-fn hostile_names(place: &Place, run: &dyn Fn(&[&str]) -> (Vec<u8>, Vec<u8>)) {
+fn hostile_names(place: &Place) {
     changed(place, HOSTILE, |_| ());
     let extra = Path::new(HOSTILE).join("extra\u{1b}[2J\nFORGED");
     fs::write(place.path("").join(&extra), "").unwrap();
@@ -192,7 +194,7 @@ fn hostile_names(place: &Place, run: &dyn Fn(&[&str]) -> (Vec<u8>, Vec<u8>)) {
         &["doctor", "--json"],
         &["snapshot", "rm", "--force", HOSTILE],
     ] {
-        run(words);
+        shown(place, words);
     }
     assert!(!place.path("").join(HOSTILE).exists());
 }
