@@ -272,7 +272,7 @@ impl Source for Memory<'_> {
 struct Target<'a>(Vec<Mutex<&'a mut [u8]>>);
 
 impl Sink for Target<'_> {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         true
     }
 

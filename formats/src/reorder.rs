@@ -16,8 +16,8 @@ use crate::{
 /// the manifest tells are the same. A snapshot that is a difference must be from
 /// [`Snapshot::open_chain`], and is one to the same parent afterwards.
 ///
-/// Everything is verified on its way, and nothing is compressed again. Every image keeps its image digest, so a
-/// working set stays right; the snapshot's id, which is answered, is a new one, so differences to the old one
+/// Everything is verified on its way, and nothing is compressed again. Every image keeps its image digest, unless the
+/// snapshot was of an older format, so a working set stays right; the snapshot's id, which is answered, is a new one, so differences to the old one
 /// need the old one.
 pub fn reorder_snapshot(
     mut staging: Staging,
@@ -38,5 +38,8 @@ pub fn reorder_snapshot(
         images.push(reorder_image(&mut staging, &image, first, control)?.record);
     }
     copy_boot_files(&mut staging, snapshot)?;
-    staging.publish(Manifest { images, sections, files: Vec::new(), ..manifest.clone() })
+    let mut written = Manifest { sections, files: Vec::new(), ..manifest.clone() };
+    // An older format has other image digests.
+    written.set_images(images);
+    staging.publish(written)
 }

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd},
 };
 
@@ -70,6 +71,28 @@ pub fn is_hole(file: &File, offset: u64, len: u64) -> bool {
     }
 }
 
+/// The first bytes at or behind `offset` of the `size` bytes of `file` that do not lie in a hole; `None` if
+/// there are none. Where the file system does not know of holes, or cannot be believed, that is everything.
+/// Moves the file's offset.
+pub fn next_data(file: &File, offset: u64, size: u64) -> Option<Range<u64>> {
+    if offset >= size {
+        return None;
+    }
+    // As in `is_hole`.
+    if cfg!(target_os = "macos") {
+        return Some(offset..size);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(start) if start >= size => return None,
+        Ok(start) => start.max(offset),
+        Err(Errno::NXIO) => return None,
+        Err(_) => return Some(offset..size),
+    };
+    // Less than a byte of data there cannot be.
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap_or(size);
+    Some(start..end.clamp(start + 1, size))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
@@ -99,5 +122,49 @@ mod tests {
         file.write_all_at(&[1], 0x8_0001).unwrap();
         assert!(!is_hole(&file, 0x8_0000, 0x1_0000));
         assert!(!is_hole(&file, 0, 1 << 20));
+    }
+    #[test]
+    fn data_is_found_between_holes_at_any_offset() {
+        let file = tempfile::tempfile().unwrap();
+        let size = (1 << 40) + 5;
+        file.set_len(size).unwrap();
+        let places = [(3u64 << 20) + 1, 5 << 30, (700 << 30) + 4095, size - 1];
+        for place in places {
+            file.write_all_at(&[1], place).unwrap();
+        }
+        let found: Vec<_> = std::iter::successors(next_data(&file, 0, size), |last| {
+            next_data(&file, last.end, size)
+        })
+        .collect();
+        for place in places {
+            assert!(found.iter().any(|range| range.contains(&place)), "{place} in {found:?}");
+        }
+        for pair in found.windows(2) {
+            assert!(pair[0].end < pair[1].start, "{found:?}");
+        }
+        assert!(found.iter().all(|range| range.start < range.end && range.end <= size));
+        assert_eq!(next_data(&file, size, size), None);
+        // In the middle of data it begins there.
+        assert_eq!(next_data(&file, places[0], size).unwrap().start, places[0]);
+    }
+
+    #[test]
+    fn what_knows_no_holes_is_all_data() {
+        let pipe = io::pipe().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(pipe.0));
+        assert_eq!(next_data(&file, 3, 10), Some(3..10));
+        assert_eq!(next_data(&file, 10, 10), None);
+    }
+
+    #[test]
+    fn a_file_that_ends_in_a_hole_has_nothing_there() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 4096], 0).unwrap();
+        file.set_len(1 << 30).unwrap();
+        if cfg!(target_os = "linux") {
+            let data = next_data(&file, 0, 1 << 30).unwrap();
+            assert!(data.start == 0 && data.end < 1 << 20, "{data:?}");
+            assert_eq!(next_data(&file, data.end, 1 << 30), None);
+        }
     }
 }

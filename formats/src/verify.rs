@@ -95,7 +95,9 @@ fn check_file(snapshot: &Snapshot, name: &str, control: Control<'_>) -> Result<(
     let images = &snapshot.manifest().images;
     if let Some(image) = images.iter().find(|image| image.raw_file() == name) {
         let source = FileSource::new(file).map_err(|error| FormatError::io(name, "read", error))?;
-        return record.check(digest_chunks(name, &source, image.chunk_size, control)?.digest);
+        let scheme = snapshot.manifest().scheme();
+        let found = digest_chunks(name, &source, image.chunk_size, scheme, control)?;
+        return record.check(found.digest);
     }
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 20];

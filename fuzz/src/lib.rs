@@ -12,8 +12,9 @@ use squib_formats::{
     digest::Digest,
     header::{self, Header},
     image::{
-        Beside, Content, Control, ImageOptions, ImageReader, Index, MIN_CHUNK_SIZE, PAGE_SIZE,
-        RECORD_LEN, Sink, Source, is_chunk_size, write_image, zero_digest,
+        Beside, Content, Control, HEADER_LEN, ImageOptions, ImageReader, Index, MAX_SIZE,
+        MIN_CHUNK_SIZE, PAGE_SIZE, RECORD_LEN, Scheme, Sink, Source, index_header, is_chunk_size,
+        write_image, zero_digest,
     },
     manifest::{
         CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, SectionRecord,
@@ -64,30 +65,48 @@ pub fn manifest(bytes: &[u8]) -> bool {
     true
 }
 
-/// An index: 6 bytes that choose the image, then records.
+/// An index: 6 bytes that choose the image, then the file.
 pub fn index(bytes: &[u8]) -> bool {
-    let Some(([size, chunk, diff, data @ ..], records)) = bytes.split_first_chunk::<6>() else {
+    let Some(([size, chunk, kind, data @ ..], file)) = bytes.split_first_chunk::<6>() else {
         return false;
     };
-    let records = &records[..records.len().min(MAX_INPUT)];
+    let file = &file[..file.len().min(MAX_INPUT)];
+    let scheme = if kind & 4 != 0 { Scheme::Runs } else { Scheme::Chunks };
+    let records = match scheme {
+        Scheme::Chunks => file,
+        Scheme::Runs => file.get(HEADER_LEN..).unwrap_or_default(),
+    };
     let chunk_size = MIN_CHUNK_SIZE << (chunk % 9);
-    let chunks = (records.len() / RECORD_LEN) as u64;
+    let chunks: u64 = runs(records, scheme).map(|(count, _)| count).sum();
     let size = (chunks * u64::from(chunk_size)).saturating_sub((*size).into());
-    let digest = image_digest(records, size, chunk_size);
+    if size > MAX_SIZE {
+        return false;
+    }
+    let digest = image_digest(runs(records, scheme), scheme, size, chunk_size);
     let image = ImageRecord { name: MEMORY_IMAGE.into(), size, chunk_size, digest };
     let data_length = u64::from(u16::from_le_bytes([data[0], data[1]])) << (data[2] % 48);
-    let beside = Beside { data_length, is_diff: diff & 1 != 0, is_raw: diff & 2 != 0 };
-    let Ok(index) = Index::decode(&image, beside, records) else {
+    let (is_diff, is_raw) = (kind & 1 != 0, kind & 2 != 0);
+    let beside = Beside { data_length, is_diff, is_raw, scheme };
+    let Ok(index) = Index::decode(&image, beside, file) else {
         return false;
     };
-    assert_eq!(index.records().len() as u64, image.size.div_ceil(chunk_size.into()));
+    assert_eq!(index.chunks(), image.size.div_ceil(chunk_size.into()));
+    assert_eq!(index.image_digest(scheme), digest);
     let zero = zero_digest(chunk_size);
-    for (record, bytes) in index.records().iter().zip(records.chunks(RECORD_LEN)) {
-        assert_eq!(record.encode(zero), bytes);
+    let mut again = Vec::new();
+    let mut next = 0;
+    for (chunks, record) in index.runs() {
+        assert!(chunks.start == next && chunks.end > next);
+        next = chunks.end;
         if let Some((offset, length)) = record.stored() {
             assert!(offset + u64::from(length) <= data_length);
         }
+        let count = chunks.end - chunks.start;
+        let (times, count) = if scheme == Scheme::Runs { (1, count) } else { (count, 1) };
+        (0..times).for_each(|_| again.extend(record.encode(scheme, count as u32, zero)));
     }
+    assert_eq!(next, index.chunks());
+    assert!(again == records, "one image, one index");
     true
 }
 
@@ -161,12 +180,9 @@ pub fn snapshot(bytes: &[u8]) -> bool {
     if loaded.is_ok() {
         let mut raw = target.0.into_inner().expect("nobody panics");
         raw.resize(raw.len().next_multiple_of(record.chunk_size as usize), 0);
-        let mut digests = Vec::new();
-        for chunk in raw.chunks(record.chunk_size as usize) {
-            digests.extend([0; RECORD_LEN - 32]);
-            digests.extend(Digest::of(chunk).0);
-        }
-        assert_eq!(image_digest(&digests, record.size, record.chunk_size), record.digest);
+        let digests = raw.chunks(record.chunk_size as usize).map(|chunk| (1, Digest::of(chunk)));
+        let found = image_digest(digests, manifest.scheme(), record.size, record.chunk_size);
+        assert_eq!(found, record.digest);
     }
     if verified.is_ok() {
         loaded.expect("verified");
@@ -177,8 +193,14 @@ pub fn snapshot(bytes: &[u8]) -> bool {
         staging.durability(Durability::None);
         reorder_snapshot(staging, &snapshot, &order, one_thread()).expect("verified");
         let again = verify(&again, &places, one_thread()).expect("just written");
+        let mut expected = record.clone();
+        if manifest.scheme() != Scheme::WRITTEN {
+            // An older format has other image digests.
+            let image = ImageReader::open(&snapshot, MEMORY_IMAGE).expect("verified");
+            expected.digest = image.index().image_digest(Scheme::WRITTEN);
+        }
         let now = again.snapshot.manifest().image(MEMORY_IMAGE).expect("as before");
-        assert_eq!(now, record);
+        assert_eq!(*now, expected);
         return true;
     }
     false
@@ -252,11 +274,20 @@ impl Files {
         if let Some(parent) = &mut manifest.parent {
             *parent = base.id;
         }
+        // An index of runs makes it a snapshot of format 1.4.
+        let is_runs = self.index.get(..8) == Some(&index_header()[..8]);
+        manifest.operation = is_runs.then(Default::default);
+        let scheme = manifest.scheme();
         if let Some(image) = manifest.images.first_mut() {
             if is_chunk_size(image.chunk_size) && image.size <= MAX_IMAGE {
-                self.fix_records(image.chunk_size, manifest.parent.and(Some(base)));
+                self.fix_records(image.chunk_size, scheme, manifest.parent.and(Some(base)));
             }
-            image.digest = image_digest(&self.index, image.size, image.chunk_size);
+            let records = match scheme {
+                Scheme::Chunks => &self.index[..],
+                Scheme::Runs => self.index.get(HEADER_LEN..).unwrap_or_default(),
+            };
+            let records = runs(records, scheme);
+            image.digest = image_digest(records, scheme, image.size, image.chunk_size);
         }
         for section in &mut manifest.sections {
             let SectionRecord { offset, length, digest, .. } = section;
@@ -276,11 +307,22 @@ impl Files {
     }
 
     /// Gives every record the digest of what it stands for, where that can be told.
-    fn fix_records(&mut self, chunk_size: u32, base: Option<&Base>) {
+    fn fix_records(&mut self, chunk_size: u32, scheme: Scheme, base: Option<&Base>) {
         let bitmap = (chunk_size as usize / PAGE_SIZE).div_ceil(8);
-        for (chunk, record) in self.index.chunks_exact_mut(RECORD_LEN).enumerate() {
+        let header = if scheme == Scheme::Runs { HEADER_LEN } else { 0 };
+        let mut next = 0usize;
+        let records = self.index.get_mut(header..).unwrap_or_default();
+        for record in records.chunks_exact_mut(RECORD_LEN) {
+            let chunk = next;
+            let word =
+                |at: usize| u32::from_le_bytes(record[at..at + 4].try_into().expect("4 bytes"));
+            let (count, length) = match scheme {
+                Scheme::Chunks => (1, word(4)),
+                Scheme::Runs => (word(4), word(0) >> 8),
+            };
+            next = next.saturating_add(count as usize);
+            let length = length as usize;
             let offset = u64::from_le_bytes(record[8..16].try_into().expect("8 bytes")) as usize;
-            let length = u32::from_le_bytes(record[4..8].try_into().expect("4 bytes")) as usize;
             let stored = self.data.get(offset..offset.saturating_add(length)).unwrap_or_default();
             let below = base.and_then(|base| base.memory.get(place(chunk, chunk_size)));
             let raw = match record[0] {
@@ -403,7 +445,7 @@ impl Source for Raw {
 }
 
 impl Sink for Raw {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         false
     }
 
@@ -418,11 +460,35 @@ fn place(number: usize, size: u32) -> Range<usize> {
     number * size as usize..(number + 1) * size as usize
 }
 
-/// The image digest that records of an index make up.
-fn image_digest(records: &[u8], size: u64, chunk_size: u32) -> Digest {
+/// How many chunks the records of an index are of, and their digests.
+fn runs(records: &[u8], scheme: Scheme) -> impl Iterator<Item = (u64, Digest)> + '_ {
+    records.chunks_exact(RECORD_LEN).map(move |record| {
+        let count = u32::from_le_bytes(record[4..8].try_into().expect("4 bytes"));
+        let count = if scheme == Scheme::Runs { count.into() } else { 1 };
+        (count, Digest(record[RECORD_LEN - 32..].try_into().expect("32 bytes")))
+    })
+}
+
+/// The image digest of chunks: how many in a row, and their digest.
+fn image_digest(
+    chunks: impl Iterator<Item = (u64, Digest)>,
+    scheme: Scheme,
+    size: u64,
+    chunk_size: u32,
+) -> Digest {
+    let mut longest: Vec<(u64, Digest)> = Vec::new();
+    for (count, digest) in chunks {
+        match longest.last_mut() {
+            Some(last) if scheme == Scheme::Runs && last.1 == digest => last.0 += count,
+            _ => longest.push((count, digest)),
+        }
+    }
     let mut hasher = blake3::Hasher::new();
-    for record in records.chunks_exact(RECORD_LEN) {
-        hasher.update(&record[RECORD_LEN - 32..]);
+    for (count, digest) in longest {
+        if scheme == Scheme::Runs {
+            hasher.update(&count.to_le_bytes());
+        }
+        hasher.update(&digest.0);
     }
     hasher.update(&size.to_le_bytes());
     hasher.update(&u64::from(chunk_size).to_le_bytes());

@@ -421,8 +421,7 @@ fn capture_into(
     let granule_size = frozen.granule_size();
     timings.throttled = frozen.throttled() + disks.iter().map(FrozenDisk::throttled).sum::<u64>();
     if granule_size == u64::from(memory.record.chunk_size) {
-        let chunks = memory.record.size.div_ceil(granule_size);
-        frozen.keep(Arc::new(PublishedBaseline::of_new(output, id, MEMORY_IMAGE, chunks)));
+        frozen.keep(Arc::new(PublishedBaseline::of_new(output, id, MEMORY_IMAGE)));
     }
     disks.into_iter().for_each(|disk| disk.keep(output, id));
     if let Some(paused) = paused {

@@ -357,7 +357,7 @@ impl Lines {
 
     fn memory_image(&mut self, snapshot: &Snapshot) {
         if let Some(index) = self.image("memory image", snapshot, MEMORY_IMAGE) {
-            let (stored, chunks) = (data_bytes(&index), index.records().len());
+            let (stored, chunks) = (data_bytes(&index), index.chunks());
             self.ok("memory image", format!("{} of data in {chunks} chunks", size(stored)));
         }
     }

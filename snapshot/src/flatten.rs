@@ -24,7 +24,7 @@ pub struct Flattened {
 
 /// Writes the state of the snapshot at `path` as a full snapshot to `output`, where nothing may be. What it
 /// builds on may be in `parents`. Every chunk is verified on its way, and every image of the new snapshot
-/// has the digest of the old one.
+/// has the digest of the old one, if that was not of an older format.
 pub fn flatten(
     path: &Path,
     parents: &[PathBuf],

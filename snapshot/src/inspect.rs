@@ -102,19 +102,22 @@ pub fn inspect(path: &Path, parents: &[PathBuf]) -> Result<Inspection, FormatErr
         let mut frames = HashSet::new();
         let (mut zero_chunks, mut duplicate_chunks) = (0, 0);
         let (mut parent_chunks, mut patch_chunks, mut raw_chunks) = (0, 0, 0);
-        for chunk in index.records() {
-            match chunk {
-                Record::Zero => zero_chunks += 1,
-                Record::Data { offset, .. } if !frames.insert(*offset) => duplicate_chunks += 1,
-                Record::Data { .. } => {}
-                Record::Patch { .. } => patch_chunks += 1,
-                Record::Parent { .. } => parent_chunks += 1,
-                Record::Raw { .. } => raw_chunks += 1,
+        for (chunks, record) in index.runs() {
+            let count = chunks.end - chunks.start;
+            match record {
+                Record::Zero => zero_chunks += count,
+                // The first of those that share a frame has it.
+                Record::Data { offset, .. } => {
+                    duplicate_chunks += count - u64::from(frames.insert(*offset));
+                }
+                Record::Patch { .. } => patch_chunks += count,
+                Record::Parent { .. } => parent_chunks += count,
+                Record::Raw { .. } => raw_chunks += count,
             }
         }
         images.push(ImageInspection {
             record: record.clone(),
-            chunks: index.records().len() as u64,
+            chunks: index.chunks(),
             zero_chunks,
             duplicate_chunks,
             parent_chunks,

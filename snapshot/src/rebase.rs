@@ -7,7 +7,7 @@ use squib_formats::{
     chain::MAX_CHAIN,
     digest::Digest,
     error::FormatError,
-    image::{ImageOptions, ImageReader, ImageSource, write_diff, write_image},
+    image::{ImageOptions, ImageReader, ImageSource, Scheme, write_diff, write_image},
     manifest::{MAX_HINT, MEMORY_IMAGE, Manifest},
     publish::{Durability, Existing, Staging},
     sections::{Sections, write_sections},
@@ -35,7 +35,7 @@ pub struct Rebased {
 /// Writes the state of the snapshot at `path` as a difference to the one at `onto`, to `output`, where nothing
 /// may be. What either builds on may be in `parents`. The two need not be related; the less they have in
 /// common, the more is stored. Every chunk is verified on its way, and every image of the new snapshot has the
-/// digest of the old one.
+/// digest of the old one, if that was not of an older format.
 pub fn rebase(
     path: &Path,
     parents: &[PathBuf],
@@ -90,11 +90,12 @@ pub(crate) fn rewrite(
             Some(base) => write_diff(&mut staging, &record.name, &source, base, options, control),
             None => write_image(&mut staging, &record.name, &source, options, control),
         })?;
-        if written.record.digest != record.digest {
+        let expected = image.index().image_digest(Scheme::WRITTEN);
+        if written.record.digest != expected {
             return Err(FormatError::Digest {
                 file: record.index_file(),
                 what: "the image as written again".into(),
-                expected: record.digest,
+                expected,
                 found: written.record.digest,
             });
         }
@@ -102,15 +103,16 @@ pub(crate) fn rewrite(
     }
     let stored = staging.stored();
     let hint = parent.and_then(|parent| parent.path().to_str());
-    let written = Manifest {
+    let mut written = Manifest {
         writer: concat!("squib ", env!("CARGO_PKG_VERSION")).to_owned(),
         parent: parent.map(Snapshot::id),
         parent_hint: hint.filter(|hint| hint.len() <= MAX_HINT).map(str::to_owned),
-        images,
         sections,
         files: Vec::new(),
         ..manifest.clone()
     };
+    // An older format has other image digests.
+    written.set_images(images);
     let id = run.phase(Phase::Publish, |control| {
         control.check()?;
         staging.publish(written)

@@ -366,8 +366,8 @@ fn place_disk(
         _ => {
             let disk = Outside::open(record, &options.disk_places, &options.allowed_disks)?;
             let path = disk.path.clone();
-            let chunk_size = disks::chunk_size(snapshot.manifest(), record);
-            made.take(record, disk, chunk_size, options.changed_disks, control)?;
+            let kind = disks::digest_kind(snapshot.manifest(), record);
+            made.take(record, disk, kind, options.changed_disks, control)?;
             Ok(path)
         }
     })

@@ -117,6 +117,9 @@ pub fn optimize(
         reorder_snapshot(staging, &snapshot, working_set.chunks(), control)
     })?;
     // The snapshot is there; without its advice it is only slower.
-    working_set.write(&Snapshot::open(output.unwrap_or(path))?)?;
+    let written = Snapshot::open(output.unwrap_or(path))?;
+    // An older format has other image digests.
+    let image = written.manifest().image(MEMORY_IMAGE)?;
+    WorkingSet::new(image, working_set.chunks().to_vec())?.write(&written)?;
     Ok(Optimized { id, first: working_set.chunks().len() })
 }

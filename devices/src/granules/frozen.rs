@@ -1,11 +1,11 @@
 //! A moment of a memory or disk, read while its owner goes on.
 
-use std::{io, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use parking_lot::MutexGuard;
 use squib_formats::{digest::Digest, image::Content};
 
-use super::{Aside, Baseline, Freeze, Granules, Slow, Store, WRITABLE};
+use super::{Aside, Baseline, Freeze, Granules, RangeSet, Slow, Store, WRITABLE};
 
 /// The bytes of one moment. Each may be read once; with that, whoever writes need not keep it any longer.
 ///
@@ -29,12 +29,15 @@ impl<S: Store> Granules<S> {
         if slow.freeze.is_some() {
             return None;
         }
-        let take_right = |granule: &std::sync::atomic::AtomicU8| {
-            granule.fetch_and(!WRITABLE, std::sync::atomic::Ordering::AcqRel) & WRITABLE != 0
-        };
+        // What is in it from now on has been written to since the moment.
+        let changed_before = std::mem::take(&mut slow.changed);
+        for granules in changed_before.ranges() {
+            self.access.update(granules, |access| access & !WRITABLE);
+        }
         slow.freeze = Some(Freeze {
-            changed_before: self.access.iter().map(take_right).collect(),
-            taken: vec![0; self.access.len()],
+            changed_before,
+            taken: RangeSet::default(),
+            parts: Default::default(),
             aside: Default::default(),
             aside_bytes: 0,
             limit,
@@ -76,12 +79,59 @@ impl<S: Store> Frozen<S> {
         Ok(Content::Data)
     }
 
+    /// The first bytes at or behind `offset` that may have been something else than zeros, found without reading
+    /// any; `None` if there are none up to the end. `zero` is the digest of a granule of zeros.
+    pub fn data(&self, offset: u64, zero: Digest) -> io::Result<Option<Range<u64>>> {
+        let mut at = offset;
+        while at < self.granules.size {
+            match self.extent(at, zero)? {
+                (end, true) => return Ok(Some(at..end)),
+                (end, false) => at = end,
+            }
+        }
+        Ok(None)
+    }
+
+    /// The end of bytes from `at` on that were all zeros, or that may have been something else, and which of the
+    /// two.
+    fn extent(&self, at: u64, zero: Digest) -> io::Result<(u64, bool)> {
+        let granules = &*self.granules;
+        let granule = at >> granules.shift;
+        let start_of = |granule: u64| match granule < granules.count {
+            true => granule << granules.shift,
+            false => granules.size,
+        };
+        let over = || io::Error::other("the moment is over");
+        // What had not changed is what the baseline says, whatever has been written to it since the moment.
+        let slow = granules.slow.lock();
+        let (changed, mut end) = slow.freeze.as_ref().ok_or_else(over)?.changed_before.run(granule);
+        drop(slow);
+        let known = self.baseline.as_ref().filter(|_| !changed);
+        if let Some((digest, count)) = known.and_then(|baseline| baseline.run(granule)) {
+            end = end.min(granule.saturating_add(count));
+            return Ok((start_of(end), digest != zero));
+        }
+        // Of all others the store knows, which is asked first: what has been written to since the moment, or
+        // comes from elsewhere, is looked at afterwards, when nothing more can have been when it was asked.
+        let found = granules.store.data(at..start_of(end))?;
+        let slow = granules.slow.lock();
+        let (absent, until) = slow.absent.run(granule);
+        let (written, other) = slow.changed.run(granule);
+        let end = start_of(end.min(until).min(other));
+        Ok(match found {
+            _ if absent || written => (end, true),
+            None => (end, false),
+            Some(data) if data.start > at => (data.start.min(end), false),
+            Some(data) => (data.end.clamp(at + 1, end), true),
+        })
+    }
+
     /// blake3 of the granule at `offset`, `len` bytes long, if nobody had written to it since the baseline
     /// and that knows it.
     pub fn known_digest(&self, offset: u64, len: usize) -> Option<Digest> {
         let granule = self.whole(offset, len)?;
         let slow = self.granules.slow.lock();
-        if slow.freeze.as_ref()?.changed_before[granule as usize] {
+        if slow.freeze.as_ref()?.changed_before.contains(granule) {
             return None;
         }
         drop(slow);
@@ -95,11 +145,20 @@ impl<S: Store> Frozen<S> {
         }
     }
 
+    /// Says that nothing more will be read.
+    pub fn skip_all(&self) {
+        if let Some(freeze) = &mut self.granules.slow.lock().freeze {
+            freeze.taken.insert(0..self.granules.count);
+            freeze.aside.clear();
+            freeze.aside_bytes = 0;
+        }
+        self.granules.changed.notify_all();
+    }
+
     /// Granules that had been written to since the baseline, or of which that is not known.
     pub fn changed(&self) -> u64 {
         let slow = self.granules.slow.lock();
-        let changed = slow.freeze.iter().flat_map(|freeze| &freeze.changed_before);
-        changed.filter(|changed| **changed).count() as u64
+        slow.freeze.as_ref().map_or(0, |freeze| freeze.changed_before.len())
     }
 
     /// How often a writer had to wait for room.
@@ -162,9 +221,14 @@ impl<S: Store> Frozen<S> {
     fn take(&self, slow: &mut MutexGuard<'_, Slow>, granule: u64, len: usize) {
         let granule_len = self.granules.place(granule).1;
         let Some(freeze) = &mut slow.freeze else { return };
-        let taken = &mut freeze.taken[granule as usize];
-        *taken = taken.saturating_add(len as u32).min(granule_len as u32);
-        if *taken as usize == granule_len {
+        if freeze.taken.contains(granule) {
+            return;
+        }
+        let taken = freeze.parts.entry(granule).or_default();
+        *taken = taken.saturating_add(len as u32);
+        if *taken as usize >= granule_len {
+            freeze.parts.remove(&granule);
+            freeze.taken.insert(granule..granule + 1);
             if let Some(Aside::Bytes(_)) = freeze.aside.remove(&granule) {
                 freeze.aside_bytes -= granule_len as u64;
             }
@@ -179,10 +243,9 @@ impl<S: Store> Drop for Frozen<S> {
         let mut slow = self.granules.slow.lock();
         // After `keep` there is none.
         let Some(freeze) = slow.freeze.take() else { return };
-        for (granule, changed) in self.granules.access.iter().zip(freeze.changed_before) {
-            if changed {
-                granule.fetch_or(WRITABLE, std::sync::atomic::Ordering::Release);
-            }
+        for granules in freeze.changed_before.ranges() {
+            self.granules.access.update(granules.clone(), |access| access | WRITABLE);
+            slow.changed.insert(granules);
         }
         drop(slow);
         self.granules.changed.notify_all();

@@ -14,22 +14,24 @@
 //! *busy*, and others wait for it. So each is brought once, whoever asks for it and how many.
 
 mod frozen;
+mod ranges;
+mod table;
 #[cfg(test)]
 mod tests;
 
 use std::{
     collections::{HashMap, HashSet},
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
-    },
+    ops::Range,
+    sync::{Arc, atomic::AtomicU8},
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use squib_formats::{digest::Digest, image::Content};
 
 pub use frozen::Frozen;
+use ranges::RangeSet;
+use table::Table;
 
 /// The granule's bytes are there.
 pub const READABLE: u8 = 1;
@@ -43,6 +45,12 @@ pub trait Store: Send + Sync + 'static {
     /// Reads what lies at `offset` into all of `into`; or answers [`Content::Zero`] where it is known to be
     /// zeros without reading, and leaves `into` as it is.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content>;
+
+    /// The first bytes in `range` that may be something else than zeros, found without reading any; `None` if
+    /// there are none.
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok((!range.is_empty()).then_some(range))
+    }
 
     /// Puts the first bytes of an absent granule, which reads as zeros, to `offset`.
     fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
@@ -66,6 +74,12 @@ pub trait Baseline: Send + Sync {
     /// blake3 of the granule's bytes at that moment, continued with zeros to a whole granule; `None` if it is
     /// not known after all.
     fn digest(&self, granule: u64) -> Option<Digest>;
+
+    /// As [`digest`](Self::digest), with the number of granules from `granule` on that are known to have the
+    /// same.
+    fn run(&self, granule: u64) -> Option<(Digest, u64)> {
+        Some((self.digest(granule)?, 1))
+    }
 }
 
 /// An absent granule cannot be had. Nobody gets the bytes of any other in its place: see
@@ -92,7 +106,8 @@ pub struct Granules<S> {
     what: Arc<str>,
     size: u64,
     shift: u32,
-    access: Arc<[AtomicU8]>,
+    count: u64,
+    access: Table,
     slow: Mutex<Slow>,
     /// Woken when a granule is no longer busy, and when there is room to put bytes aside.
     changed: Condvar,
@@ -100,6 +115,10 @@ pub struct Granules<S> {
 
 #[derive(Default)]
 struct Slow {
+    /// Granules that are not readable.
+    absent: RangeSet,
+    /// Granules that are writable.
+    changed: RangeSet,
     /// Granules that somebody loads, copies or reads just now.
     busy: HashSet<u64>,
     origin: Option<Arc<dyn Origin>>,
@@ -113,13 +132,28 @@ struct Slow {
     scribbled: HashSet<u64>,
 }
 
+impl Slow {
+    /// Those granules have exactly the rights `access` from now on.
+    fn note(&mut self, granules: Range<u64>, access: u8) {
+        match access & READABLE {
+            0 => self.absent.insert(granules.clone()),
+            _ => self.absent.remove(granules.clone()),
+        }
+        match access & WRITABLE {
+            0 => self.changed.remove(granules),
+            _ => self.changed.insert(granules),
+        }
+    }
+}
+
 /// A moment that is being read.
 struct Freeze {
-    /// What had been written to before, one byte a granule; the next difference needs it if this capture
-    /// comes to nothing.
-    changed_before: Vec<bool>,
-    /// Bytes of each granule that have been read.
-    taken: Vec<u32>,
+    /// What had been written to before; the next difference needs it if this capture comes to nothing.
+    changed_before: RangeSet,
+    /// Granules that have been read in full.
+    taken: RangeSet,
+    /// Bytes read of granules that have been read in part.
+    parts: HashMap<u64, u32>,
     /// What was put aside, since somebody wanted to write.
     aside: HashMap<u64, Aside>,
     aside_bytes: u64,
@@ -129,9 +163,9 @@ struct Freeze {
 }
 
 impl Freeze {
-    /// Whether the granule, `len` bytes long, has not been read in full and is not put aside either.
-    fn needs(&self, granule: u64, len: usize) -> bool {
-        self.taken[granule as usize] as usize != len && !self.aside.contains_key(&granule)
+    /// Whether the granule has not been read in full and is not put aside either.
+    fn needs(&self, granule: u64) -> bool {
+        !self.taken.contains(granule) && !self.aside.contains_key(&granule)
     }
 }
 
@@ -144,10 +178,27 @@ impl<S: Store> Granules<S> {
     /// Granules of `1 << shift` bytes over `size` bytes in `store`, all with the rights `access`. `what`
     /// stands in errors.
     pub fn new(what: &str, store: S, size: u64, shift: u32, access: u8) -> Self {
+        Self::with_table(what, store, size, shift, access, Table::sparse)
+    }
+
+    /// As [`new`](Self::new), with a table of [`rights`](Self::rights), one byte a granule from the start.
+    pub fn with_rights(what: &str, store: S, size: u64, shift: u32, access: u8) -> Self {
+        Self::with_table(what, store, size, shift, access, Table::flat)
+    }
+
+    fn with_table(
+        what: &str,
+        store: S,
+        size: u64,
+        shift: u32,
+        access: u8,
+        table: fn(u64, u8) -> Table,
+    ) -> Self {
         let count = size.div_ceil(1 << shift);
-        let access = (0..count).map(|_| AtomicU8::new(access)).collect();
-        let (slow, changed) = (Mutex::default(), Condvar::new());
-        Self { store, what: what.into(), size, shift, access, slow, changed }
+        let mut slow = Slow::default();
+        slow.note(0..count, access);
+        let (access, slow, changed) = (table(count, access), Mutex::new(slow), Condvar::new());
+        Self { store, what: what.into(), size, shift, count, access, slow, changed }
     }
 
     /// Size of all in bytes.
@@ -162,13 +213,16 @@ impl<S: Store> Granules<S> {
 
     /// Number of granules.
     pub fn count(&self) -> u64 {
-        self.access.len() as u64
+        self.count
     }
 
     /// What is allowed, one byte a granule, [`READABLE`] and [`WRITABLE`]; and the binary logarithm of a
-    /// granule's size. For reading only.
-    pub fn rights(&self) -> (Arc<[AtomicU8]>, u32) {
-        (Arc::clone(&self.access), self.shift)
+    /// granule's size. For reading only. `None` unless they were made [with it](Self::with_rights).
+    pub fn rights(&self) -> Option<(Arc<[AtomicU8]>, u32)> {
+        match &self.access {
+            Table::Flat(access) => Some((Arc::clone(access), self.shift)),
+            Table::Sparse(_) => None,
+        }
     }
 
     /// Where the bytes lie.
@@ -197,8 +251,7 @@ impl<S: Store> Granules<S> {
     pub fn allow(&self, offset: u64, len: u64, write: bool) -> Result<(), Unavailable> {
         let need = if write { BOTH } else { READABLE };
         for granule in self.covering(offset, len) {
-            // Acquire: the bytes were put there before the bit was set.
-            if self.access[granule as usize].load(Ordering::Acquire) & need != need {
+            if self.access.get(granule) & need != need {
                 self.resolve(granule, need, None)?;
             }
         }
@@ -217,7 +270,7 @@ impl<S: Store> Granules<S> {
         let whole = self.inside(offset, len);
         let mut absent = false;
         for granule in self.covering(offset, len) {
-            let access = self.access[granule as usize].load(Ordering::Acquire);
+            let access = self.access.get(granule);
             if access & READABLE == 0 && whole.contains(&granule) {
                 absent = true;
             } else if access & BOTH != BOTH {
@@ -243,12 +296,12 @@ impl<S: Store> Granules<S> {
 
     /// Whether the granule's bytes are still where they come from.
     pub fn is_absent(&self, granule: u64) -> bool {
-        self.access[granule as usize].load(Ordering::Relaxed) & READABLE == 0
+        self.access.get(granule) & READABLE == 0
     }
 
     /// Whether the granule may have been written to since the baseline.
     pub fn is_changed(&self, granule: u64) -> bool {
-        self.access[granule as usize].load(Ordering::Relaxed) & WRITABLE != 0
+        self.access.get(granule) & WRITABLE != 0
     }
 
     /// Begins to write down which granules are brought because somebody needed them.
@@ -261,13 +314,31 @@ impl<S: Store> Granules<S> {
         self.slow.lock().record.clone().unwrap_or_default()
     }
 
+    /// The first granule from `granule` on whose bytes are still where they come from.
+    pub fn next_absent(&self, granule: u64) -> Option<u64> {
+        let next = match self.slow.lock().absent.run(granule) {
+            (true, _) => granule,
+            (false, next) => next,
+        };
+        (next < self.count).then_some(next)
+    }
+
     /// Gives all granules the rights `access`, which a restore does that has just put all bytes in place.
     /// Called before anything runs.
     pub fn set_all(&self, access: u8) {
-        self.access.iter().for_each(|granule| granule.store(access, Ordering::Release));
+        self.set(0..self.count, access);
     }
 
-    fn covering(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+    /// As [`set_all`](Self::set_all), for those granules only: absent ones that are all zeros, as the store has
+    /// them from the start, need not be brought.
+    pub fn set(&self, granules: Range<u64>, access: u8) {
+        let granules = granules.start.min(self.count)..granules.end.min(self.count);
+        let mut slow = self.slow.lock();
+        slow.note(granules.clone(), access);
+        self.access.update(granules, |_| access);
+    }
+
+    fn covering(&self, offset: u64, len: u64) -> Range<u64> {
         let first = offset >> self.shift;
         match len {
             0 => first..first,
@@ -276,7 +347,7 @@ impl<S: Store> Granules<S> {
     }
 
     /// The granules that lie in the range with all their bytes.
-    fn inside(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+    fn inside(&self, offset: u64, len: u64) -> Range<u64> {
         let end = offset + len;
         let behind = if end == self.size { self.count() } else { end >> self.shift };
         let first = offset.div_ceil(1 << self.shift);
@@ -298,7 +369,7 @@ impl<S: Store> Granules<S> {
         other: Option<&dyn Origin>,
     ) -> Result<(), Unavailable> {
         let mut slow = self.slow.lock();
-        while self.access[granule as usize].load(Ordering::Acquire) & need != need {
+        while self.access.get(granule) & need != need {
             self.advance(&mut slow, granule, other)?;
         }
         Ok(())
@@ -316,7 +387,7 @@ impl<S: Store> Granules<S> {
         } else if self.is_absent(granule) {
             self.bring(slow, granule, other)?;
         } else if self.put_aside(slow, granule)? {
-            self.access[granule as usize].fetch_or(WRITABLE, Ordering::Release);
+            self.grant(slow, granule, WRITABLE);
         }
         Ok(())
     }
@@ -326,17 +397,16 @@ impl<S: Store> Granules<S> {
     /// Nobody who keeps a granule busy waits for another, but for those who do this, in ascending order.
     /// Whoever waits here for room to put bytes aside has made none busy that a reader needs.
     #[cold]
-    fn claim(&self, whole: std::ops::Range<u64>) -> Result<Claim<'_, S>, Unavailable> {
+    fn claim(&self, whole: Range<u64>) -> Result<Claim<'_, S>, Unavailable> {
         // Before the lock, so that on an error it is dropped after it.
         let mut claim = Claim { granules: self, claimed: Vec::new(), written: false };
         let mut slow = self.slow.lock();
         for granule in whole {
-            let len = self.place(granule).1;
-            while self.access[granule as usize].load(Ordering::Acquire) & BOTH != BOTH {
+            while self.access.get(granule) & BOTH != BOTH {
                 if let Some(failed) = &slow.failed {
                     return Err(failed.clone());
                 }
-                let frozen = slow.freeze.as_ref().is_some_and(|freeze| freeze.needs(granule, len));
+                let frozen = slow.freeze.as_ref().is_some_and(|freeze| freeze.needs(granule));
                 if self.is_absent(granule) && !frozen && slow.busy.insert(granule) {
                     claim.claimed.push(granule);
                     break;
@@ -383,7 +453,7 @@ impl<S: Store> Granules<S> {
             record.push(granule);
         }
         slow.scribbled.remove(&granule);
-        self.access[granule as usize].fetch_or(READABLE, Ordering::Release);
+        self.grant(slow, granule, READABLE);
         Ok(())
     }
 
@@ -396,7 +466,7 @@ impl<S: Store> Granules<S> {
     ) -> Result<bool, Unavailable> {
         let (offset, len) = self.place(granule);
         let Some(freeze) = &mut slow.freeze else { return Ok(true) };
-        if !freeze.needs(granule, len) {
+        if !freeze.needs(granule) {
             return Ok(true);
         }
         if freeze.aside_bytes > 0 && freeze.aside_bytes + len as u64 > freeze.limit {
@@ -453,6 +523,20 @@ impl<S: Store> Granules<S> {
     }
 }
 
+impl<S> Granules<S> {
+    /// Gives `granule` rights that it did not have.
+    fn grant(&self, slow: &mut Slow, granule: u64, access: u8) {
+        let granules = granule..granule + 1;
+        if access & READABLE != 0 {
+            slow.absent.remove(granules.clone());
+        }
+        if access & WRITABLE != 0 {
+            slow.changed.insert(granules.clone());
+        }
+        self.access.update(granules, |before| before | access);
+    }
+}
+
 /// A granule that is being worked on.
 struct Busy<'a, 'b, S> {
     granules: &'a Granules<S>,
@@ -482,7 +566,7 @@ impl<S> Drop for Claim<'_, S> {
             slow.busy.remove(granule);
             if self.written {
                 slow.scribbled.remove(granule);
-                self.granules.access[*granule as usize].fetch_or(BOTH, Ordering::Release);
+                self.granules.grant(&mut slow, *granule, BOTH);
             } else {
                 slow.scribbled.insert(*granule);
             }

@@ -1,7 +1,7 @@
 use std::{
     sync::{
         Barrier,
-        atomic::{AtomicBool, AtomicUsize},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
     thread,
@@ -371,4 +371,153 @@ proptest! {
             prop_assert_eq!(read(&frozen, granule), [model[granule]; SIZE]);
         }
     }
+}
+
+/// Knows to the byte where it has no zeros, as a file knows its holes.
+struct Holes(Memory);
+
+impl Store for Holes {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
+        self.0.read(offset, into)
+    }
+
+    fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.fill(offset, bytes)
+    }
+
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let is_data = |at: &u64| self.0.0[*at as usize / SIZE].lock()[*at as usize % SIZE] != 0;
+        // Every byte of a granule is the same.
+        let granules =
+            (range.start..range.end).step_by(SIZE).map(|at| at / SIZE as u64 * SIZE as u64);
+        let mut granules = granules.filter(is_data);
+        let Some(start) = granules.next() else { return Ok(None) };
+        Ok(Some(start.max(range.start)..(start + SIZE as u64).min(range.end)))
+    }
+}
+
+/// What goes on while a moment is read.
+#[derive(Clone, Debug)]
+enum Meanwhile {
+    /// The next bytes of the moment are looked for, and read if they may be something.
+    Read,
+    Write(u64, u8),
+    /// All zeros, without what was there being brought.
+    Punch(u64),
+    Prefetch(u64),
+}
+
+fn meanwhile(count: u64) -> impl Strategy<Value = Meanwhile> {
+    prop_oneof![
+        4 => Just(Meanwhile::Read),
+        2 => (0..count, any::<u8>()).prop_map(|(at, byte)| Meanwhile::Write(at, byte)),
+        2 => (0..count).prop_map(Meanwhile::Punch),
+        1 => (0..count).prop_map(Meanwhile::Prefetch),
+    ]
+}
+
+const HOLES: u64 = 12;
+
+proptest! {
+    #[test]
+    fn what_is_not_said_to_be_data_was_zero_whatever_happens_meanwhile(
+        before in prop::collection::vec(meanwhile(HOLES), 0..12),
+        during in prop::collection::vec(meanwhile(HOLES), 0..40),
+        absent in any::<bool>(),
+        known in any::<bool>(),
+    ) {
+        let store = Holes(Memory::new(HOLES as usize));
+        let access = if absent { 0 } else { READABLE };
+        let size = HOLES * SIZE as u64;
+        let granules = Arc::new(Granules::new("test disk", store, size, SHIFT, access));
+        let numbers = Arc::new(Numbers::default());
+        let mut now: Vec<u8> = vec![0; HOLES as usize];
+        if absent {
+            granules.set_origin(numbers.clone());
+            now = (0..HOLES).map(number).collect();
+            // As a restore does with what is all zeros.
+            granules.set(3..4, READABLE);
+        }
+        if known && absent {
+            granules.set_baseline(numbers.clone());
+        }
+        let zero = Digest::of(&[0; SIZE]);
+        let run = |step: &Meanwhile, now: &mut Vec<u8>| match step {
+            Meanwhile::Write(at, byte) => {
+                granules.allow(at * SIZE as u64, SIZE as u64, true).unwrap();
+                granules.store().fill(at * SIZE as u64, &[*byte; SIZE]).unwrap();
+                now[*at as usize] = *byte;
+            }
+            Meanwhile::Punch(at) => {
+                let punch = || granules.store().fill(at * SIZE as u64, &[0; SIZE]).map_err(io::Error::other);
+                granules.overwrite(at * SIZE as u64, SIZE as u64, punch).unwrap();
+                now[*at as usize] = 0;
+            }
+            Meanwhile::Prefetch(at) if absent => granules.prefetch(*at, &*numbers).unwrap(),
+            Meanwhile::Prefetch(_) | Meanwhile::Read => {}
+        };
+        before.iter().for_each(|step| run(step, &mut now));
+        let moment = now.clone();
+        let frozen = granules.freeze(u64::MAX).unwrap();
+        let mut found = vec![0; HOLES as usize];
+        let (mut next, mut ended) = (0, false);
+        let rest = std::iter::repeat_n(&Meanwhile::Read, 2 * HOLES as usize);
+        for step in during.iter().chain(rest) {
+            run(step, &mut now);
+            if !matches!(step, Meanwhile::Read) || ended {
+                continue;
+            }
+            let Some(data) = frozen.data(next, zero).unwrap() else {
+                ended = true;
+                continue;
+            };
+            prop_assert!(next <= data.start && data.start < data.end && data.end <= size);
+            // As a plan does: whole granules, one at a time.
+            let granule = data.start / SIZE as u64;
+            let mut bytes = [0; SIZE];
+            let content = frozen.read(granule * SIZE as u64, &mut bytes).unwrap();
+            found[granule as usize] = if content == Content::Zero { 0 } else { bytes[0] };
+            next = (granule + 1) * SIZE as u64;
+        }
+        prop_assert_eq!(found, moment);
+        drop(frozen);
+        // What had changed, then or meanwhile, is not forgotten.
+        for (granule, byte) in (0..).zip(&now) {
+            if !granules.is_changed(granule) && absent {
+                prop_assert_eq!(*byte, number(granule));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_of_a_tebibyte_is_frozen_looked_through_and_let_go_in_a_few_steps() {
+    struct Nothing(AtomicUsize);
+    impl Store for Nothing {
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<Content> {
+            unreachable!("there is nothing to read")
+        }
+        fn fill(&self, _: u64, _: &[u8]) -> io::Result<()> {
+            unreachable!("nothing is brought")
+        }
+        fn data(&self, _: Range<u64>) -> io::Result<Option<Range<u64>>> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(None)
+        }
+    }
+    let size = 1 << 40;
+    let store = Nothing(AtomicUsize::new(0));
+    let granules = Arc::new(Granules::new("disk", store, size, 16, READABLE | WRITABLE));
+    let zero = Digest::of(&[0; 1 << 16]);
+    for asked in 1..=3 {
+        let frozen = granules.freeze(0).unwrap();
+        assert_eq!(frozen.changed(), size >> 16);
+        assert_eq!(frozen.data(0, zero).unwrap(), None);
+        assert_eq!(granules.store().0.load(Ordering::Relaxed), asked);
+        assert!(!granules.is_changed(5));
+        drop(frozen);
+        assert!(granules.is_changed(5));
+    }
+    assert!(granules.rights().is_none(), "no byte for each of 16 million granules");
+    assert_eq!(granules.next_absent(0), None);
 }

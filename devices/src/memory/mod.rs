@@ -8,7 +8,11 @@
 mod pagemap;
 mod store;
 
-use std::{fs::File, io, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    sync::{Arc, atomic::AtomicU8},
+};
 
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
@@ -55,8 +59,8 @@ impl GuestRam {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         let size = store.size();
-        let granules = Arc::new(Granules::new("guest memory", store, size, shift, access));
-        Ok(Self { region: Arc::new(RamRegion { granules }) })
+        let granules = Granules::with_rights("guest memory", store, size, shift, access);
+        Ok(Self { region: Arc::new(RamRegion { granules: Arc::new(granules) }) })
     }
 
     /// Size in bytes.
@@ -74,6 +78,13 @@ impl GuestRam {
     /// [`granules`](Self::granules) say.
     pub fn host_ptr(&self) -> *mut u8 {
         self.region.granules.store().host_ptr()
+    }
+
+    /// What may be read and written, one byte a granule, and the binary logarithm of a granule's size: see
+    /// [`Granules::rights`].
+    pub fn rights(&self) -> (Arc<[AtomicU8]>, u32) {
+        // RAM has them from the start.
+        self.granules().rights().unwrap_or_default()
     }
 
     /// What is there and what has changed.

@@ -1,6 +1,6 @@
 //! The mapping that RAM lies in.
 
-use std::{fs::File, io, sync::OnceLock};
+use std::{fs::File, io, ops::Range, sync::OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 use squib_formats::image::Content;
@@ -65,7 +65,10 @@ impl RamStore {
         self.anonymous
             && inside
             && len > 0
-            && pagemap().is_some_and(|map| map.is_empty(self.host_ptr() as u64 + offset, len))
+            && pagemap().is_some_and(|map| {
+                let start = self.host_ptr() as u64 + offset;
+                map.touched(start..start + len).is_none()
+            })
     }
 }
 
@@ -77,6 +80,17 @@ impl Store for RamStore {
         let slice = self.slice(offset, into.len()).ok_or(io::ErrorKind::InvalidInput)?;
         slice.copy_to(into);
         Ok(Content::Data)
+    }
+
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let inside = range.start < range.end && range.end <= self.size();
+        // A page of a mapped file that is not in the page table still has the file's bytes.
+        let map = Some(()).filter(|()| self.anonymous && inside);
+        let map = map.and_then(|()| self.pagemap.get_or_init(Pagemap::open).as_ref());
+        let Some(map) = map else { return Ok((!range.is_empty()).then_some(range)) };
+        let base = self.host_ptr() as u64;
+        let found = map.touched(base + range.start..base + range.end);
+        Ok(found.map(|found| found.start - base..found.end - base))
     }
 
     fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {

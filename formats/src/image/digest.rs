@@ -3,8 +3,10 @@
 use std::{fs::File, io::Read, ops::Range, os::unix::fs::FileTypeExt, path::Path};
 
 use super::{
-    CHUNK_SIZE, Content, Control, FileSource, Layout, RECORD_LEN, Source, is_zero,
-    pipeline::run_in_order, zero_digest,
+    CHUNK_SIZE, Content, Control, DigestRuns, FileSource, Layout, Scheme, Source, is_zero,
+    pipeline::run_in_order,
+    plan::{Batch, Piece, Plan},
+    zero_digest,
 };
 use crate::{digest::Digest, error::FormatError};
 
@@ -39,21 +41,74 @@ pub fn digest_source(
     source: &dyn Source,
     control: Control<'_>,
 ) -> Result<ImageDigest, FormatError> {
-    digest_chunks(name, source, CHUNK_SIZE, control)
+    digest_chunks(name, source, CHUNK_SIZE, Scheme::WRITTEN, control)
 }
 
-/// [`digest_source`] in chunks of `chunk_size` bytes, which is a [chunk size](super::is_chunk_size).
+/// [`digest_source`] in chunks of `chunk_size` bytes, which is a [chunk size](super::is_chunk_size), as snapshots
+/// of that scheme have it.
 pub fn digest_chunks(
     name: &str,
     source: &dyn Source,
     chunk_size: u32,
+    scheme: Scheme,
     control: Control<'_>,
 ) -> Result<ImageDigest, FormatError> {
+    digest_with(name, source, chunk_size, scheme, control, |_, _| ())
+}
+
+/// [`digest_chunks`], and the digests of the chunks if there are at most `limit` runs of them.
+pub fn digest_and_keep(
+    name: &str,
+    source: &dyn Source,
+    chunk_size: u32,
+    scheme: Scheme,
+    limit: usize,
+    control: Control<'_>,
+) -> Result<(ImageDigest, Option<DigestRuns>), FormatError> {
+    let mut kept = Some(DigestRuns::default());
+    let image = digest_with(name, source, chunk_size, scheme, control, |chunks, digest| {
+        if let Some(runs) = &mut kept {
+            runs.push(chunks, digest);
+        }
+        kept.take_if(|runs| runs.len() > limit);
+    })?;
+    Ok((image, kept))
+}
+
+fn digest_with(
+    name: &str,
+    source: &dyn Source,
+    chunk_size: u32,
+    scheme: Scheme,
+    control: Control<'_>,
+    mut found: impl FnMut(Range<u64>, Digest),
+) -> Result<ImageDigest, FormatError> {
     let layout = Layout { size: source.size(), chunk_size };
-    let zero = zero_digest(chunk_size);
-    let mut hasher = ImageHasher::new();
-    let mut zeros = 0;
-    let new_worker = || Ok(vec![0; chunk_size as usize]);
+    layout.check(name)?;
+    let mut hasher = ImageHasher::new(scheme);
+    let mut zero = 0;
+    digest_in_order(name, source, layout, control, |chunks, digest, is_zero| {
+        if is_zero {
+            zero += layout.bytes(&chunks);
+        }
+        hasher.add(digest, chunks.end - chunks.start);
+        found(chunks, digest);
+        Ok(())
+    })?;
+    Ok(ImageDigest { digest: hasher.finish(layout), size: layout.size, zero })
+}
+
+/// Hands all chunks of `source` to `take` in order: those in a row that have equal digests, the digest, and
+/// whether they are zeros.
+pub(super) fn digest_in_order(
+    name: &str,
+    source: &dyn Source,
+    layout: Layout,
+    control: Control<'_>,
+    mut take: impl FnMut(Range<u64>, Digest, bool) -> Result<(), FormatError>,
+) -> Result<(), FormatError> {
+    let zero = zero_digest(layout.chunk_size);
+    let new_worker = || Ok(vec![0; layout.chunk_size as usize]);
     let digest = |buffer: &mut Vec<u8>, chunk| {
         if let Some(known) = layout.known_digest(source, chunk) {
             return Ok(known);
@@ -63,24 +118,29 @@ pub fn digest_chunks(
             Content::Data => Digest::of(buffer),
         })
     };
-    let work = |buffer: &mut Vec<u8>, chunks: Range<u64>| {
-        chunks.map(|chunk| digest(buffer, chunk)).collect()
+    let work = |buffer: &mut Vec<u8>, batch: &Batch| {
+        batch.chunks().map(|chunk| digest(buffer, chunk)).collect()
     };
-    run_in_order(layout, control, new_worker, work, |chunks, digests: Vec<Digest>| {
-        for (chunk, digest) in chunks.zip(digests) {
-            if digest == zero {
-                zeros += layout.len(chunk) as u64;
+    let plan = Plan::of_source(layout, source, name);
+    run_in_order(layout, plan, control, new_worker, work, |batch, digests: Vec<Digest>| {
+        let mut digests = digests.into_iter();
+        for piece in batch.pieces() {
+            match piece {
+                Piece::Zeros(chunks) => take(chunks, zero, true)?,
+                Piece::Chunk(chunk) => {
+                    // There are as many as chunks.
+                    let digest = digests.next().unwrap_or(zero);
+                    take(chunk..chunk + 1, digest, digest == zero)?;
+                }
             }
-            hasher.chunk(digest);
         }
         Ok(0)
-    })?;
-    Ok(ImageDigest { digest: hasher.finish(layout), size: layout.size, zero: zeros })
+    })
 }
 
 /// The image digest of everything that `reader` yields, in one pass. `name` stands in errors.
 pub fn digest_reader(name: &str, reader: &mut impl Read) -> Result<ImageDigest, FormatError> {
-    let mut hasher = ImageHasher::new();
+    let mut hasher = ImageHasher::new(Scheme::WRITTEN);
     let mut buffer = Vec::with_capacity(CHUNK_SIZE as usize);
     let (mut size, mut zero) = (0, 0);
     loop {
@@ -95,7 +155,7 @@ pub fn digest_reader(name: &str, reader: &mut impl Read) -> Result<ImageDigest, 
             zero += len as u64;
         }
         buffer.resize(CHUNK_SIZE as usize, 0);
-        hasher.chunk(Digest::of(&buffer));
+        hasher.add(Digest::of(&buffer), 1);
     }
     Ok(ImageDigest { digest: hasher.finish(Layout { size, chunk_size: CHUNK_SIZE }), size, zero })
 }
@@ -119,28 +179,58 @@ pub(super) fn read_chunk(
 }
 
 /// Puts an image digest together from the digests of its chunks.
-pub(super) struct ImageHasher(blake3::Hasher);
+pub(super) struct ImageHasher {
+    scheme: Scheme,
+    hasher: blake3::Hasher,
+    /// Chunks in a row with one digest, which may go on.
+    run: Option<(Digest, u64)>,
+}
+
+/// How many digests are hashed at once where many chunks have the same.
+const REPEAT: usize = 2048;
 
 impl ImageHasher {
-    pub(super) fn new() -> Self {
-        Self(blake3::Hasher::new())
+    pub(super) fn new(scheme: Scheme) -> Self {
+        Self { scheme, hasher: blake3::Hasher::new(), run: None }
     }
 
-    /// The next chunk, by its record in the index.
-    pub(super) fn record(&mut self, record: &[u8; RECORD_LEN]) {
-        self.0.update(&record[RECORD_LEN - 32..]);
-    }
-
-    /// The next chunk.
-    pub(super) fn chunk(&mut self, digest: Digest) {
-        self.0.update(&digest.0);
+    /// The next `count` chunks, all of that digest.
+    pub(super) fn add(&mut self, digest: Digest, count: u64) {
+        match &mut self.run {
+            _ if count == 0 => {}
+            Some((last, chunks)) if *last == digest => *chunks += count,
+            _ => {
+                self.flush();
+                self.run = Some((digest, count));
+            }
+        }
     }
 
     /// The image digest. Sizes stand behind the chunks, so that a pipe can be digested in one pass.
-    pub(super) fn finish(mut self, layout: Layout) -> Digest {
-        self.0.update(&layout.size.to_le_bytes());
-        self.0.update(&u64::from(layout.chunk_size).to_le_bytes());
-        self.0.finalize().into()
+    pub(super) fn finish(&mut self, layout: Layout) -> Digest {
+        self.flush();
+        self.hasher.update(&layout.size.to_le_bytes());
+        self.hasher.update(&u64::from(layout.chunk_size).to_le_bytes());
+        self.hasher.finalize().into()
+    }
+
+    fn flush(&mut self) {
+        let Some((digest, count)) = self.run.take() else { return };
+        if self.scheme == Scheme::Runs {
+            self.hasher.update(&count.to_le_bytes()).update(&digest.0);
+            return;
+        }
+        let mut left = count;
+        if left >= REPEAT as u64 {
+            let block = digest.0.repeat(REPEAT);
+            while left >= REPEAT as u64 {
+                self.hasher.update(&block);
+                left -= REPEAT as u64;
+            }
+        }
+        for _ in 0..left {
+            self.hasher.update(&digest.0);
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! Chunked images: guest RAM and disks, as `NAME.idx` and `NAME.zst`.
 //!
 //! A raw image of any size is cut into chunks of one size, a power of two; the last chunk is
-//! continued with zeros. The index holds one fixed-size record a chunk, the data file one independent
-//! zstd frame for each different chunk that is not all zeros, in the order of their first use.
+//! continued with zeros. The index holds one fixed-size record for each run of equal chunks, the data
+//! file one independent zstd frame for each different chunk that is not all zeros, in the order of their
+//! first use. So what an image costs follows what is in it: a source says where it may have something
+//! else than zeros, and nobody looks at the rest.
 //!
 //! In a difference to a parent snapshot, a chunk that is the parent's chunk of the same number is a *parent*
 //! record without bytes, and one that shares pages with it may be a *patch*: the changed pages only.
@@ -10,15 +12,17 @@
 //! An image may have its raw bytes in a file `NAME.raw` instead of frames, a clone of where they came from;
 //! then a chunk that is not all zeros is a *raw* record, and lies there at its own place.
 //!
-//! The *image digest* is the blake3 of the blake3 of every chunk in order, followed by the raw size and
-//! the chunk size as u64. It depends on the raw bytes and the chunk size only.
+//! The *image digest* is the blake3 over the runs of chunks with equal digests, see [`Scheme`], followed by
+//! the raw size and the chunk size as u64. It depends on the raw bytes and the chunk size only.
 
 mod digest;
 mod index;
 mod pipeline;
+mod plan;
 mod raw;
 mod read;
 mod reorder;
+mod runs;
 mod source;
 mod write;
 
@@ -29,11 +33,14 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-pub use digest::{ImageDigest, digest_chunks, digest_file, digest_reader, digest_source};
-pub use index::{Beside, Index, RECORD_LEN, Record};
+pub use digest::{
+    ImageDigest, digest_and_keep, digest_chunks, digest_file, digest_reader, digest_source,
+};
+pub use index::{Beside, HEADER_LEN, Index, RECORD_LEN, Record, header as index_header};
 pub use raw::write_raw_image;
 pub use read::{ChunkReader, ImageReader, Loaded};
 pub use reorder::reorder_image;
+pub use runs::DigestRuns;
 pub use source::{FileSource, ImageSource};
 pub use write::{ImageOptions, WrittenImage, write_diff, write_image};
 
@@ -56,6 +63,21 @@ pub const LEVEL: i32 = 1;
 /// for all cores to finish together.
 const BATCH: u32 = 1 << 20;
 
+/// How a format counts the chunks of an image, in its index and in its image digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// Formats 1.0 to 1.3: each on its own. The image digest is over the digest of every chunk.
+    Chunks,
+    /// From format 1.4 on: by runs. The image digest is over each longest run of chunks with equal digests:
+    /// their number as u64, and the digest.
+    Runs,
+}
+
+impl Scheme {
+    /// That of the snapshots that this build writes.
+    pub const WRITTEN: Self = Self::Runs;
+}
+
 /// Where the raw bytes of an image come from. Called from many threads at once.
 pub trait Source: Sync {
     /// Size of the raw image in bytes.
@@ -64,6 +86,12 @@ pub trait Source: Sync {
     /// Reads the bytes at `offset` into all of `into`, which lies inside the image; or answers
     /// [`Content::Zero`] if they are known to be zero without reading, and leaves `into` as it is.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content>;
+
+    /// The first bytes at or behind `offset` that may be something else than zeros, found without reading
+    /// any; `None` if there are none up to the end. What lies before them is not asked for.
+    fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok((offset < self.size()).then(|| offset..self.size()))
+    }
 
     /// blake3 of the `len` bytes at `offset`, if it is known without reading: nobody has written to them
     /// since they were digested. Asked for whole chunks only, of the chunk size of whoever asks. A wrong
@@ -84,9 +112,9 @@ pub enum Content {
 
 /// Where the raw bytes of an image go. Called from many threads at once.
 pub trait Sink: Sync {
-    /// Whether the `len` bytes at `offset` are known to be zero, so that a chunk of zeros need not be
+    /// Whether the `len` bytes at `offset` are known to be zero, so that zeros need not be
     /// written there.
-    fn is_zero(&self, offset: u64, len: usize) -> bool;
+    fn is_zero(&self, offset: u64, len: u64) -> bool;
 
     /// Takes the verified `bytes` of one chunk, which belong at `offset` of the image.
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
@@ -165,6 +193,17 @@ struct Layout {
 }
 
 impl Layout {
+    /// Whether the image `name` can be so large.
+    fn check(self, name: &str) -> Result<(), FormatError> {
+        match self.size <= MAX_SIZE {
+            true => Ok(()),
+            false => {
+                let why = format!("{} bytes, at most {MAX_SIZE}", self.size);
+                Err(FormatError::field(name, "size", why))
+            }
+        }
+    }
+
     fn chunks(self) -> u64 {
         self.size.div_ceil(u64::from(self.chunk_size))
     }
@@ -174,13 +213,9 @@ impl Layout {
         (BATCH / self.chunk_size).max(1).into()
     }
 
-    fn batches(self) -> u64 {
-        self.chunks().div_ceil(self.batch_len())
-    }
-
-    /// The chunks of a batch.
-    fn batch(self, batch: u64) -> Range<u64> {
-        batch * self.batch_len()..((batch + 1) * self.batch_len()).min(self.chunks())
+    /// Raw bytes in those chunks.
+    fn bytes(self, chunks: &Range<u64>) -> u64 {
+        self.offset(chunks.end).min(self.size) - self.offset(chunks.start).min(self.size)
     }
 
     fn offset(self, chunk: u64) -> u64 {

@@ -2,17 +2,19 @@
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Control, Layout};
+use super::{
+    Control, Layout,
+    plan::{Batch, Plan},
+};
 use crate::error::FormatError;
 
 /// Batches that are begun and not yet taken, for each worker.
 const AHEAD: u64 = 2;
 
-/// Runs `work` for every batch of chunks on worker threads, each with its own value of `new_worker`, and
+/// Runs `work` for every batch of `plan` on worker threads, each with its own value of `new_worker`, and
 /// hands the results to `take` on the calling thread in order. `take` answers how many bytes are stored so
 /// far. However slow it is, at most [`AHEAD`] batches a worker are begun and not yet taken, so memory stays
 /// bounded: 2 MiB of raw bytes a worker, or two chunks if those are larger.
@@ -20,40 +22,46 @@ const AHEAD: u64 = 2;
 /// The error is the one of the lowest-numbered batch that failed, whatever the timing.
 pub(super) fn run_in_order<W, T: Send>(
     layout: Layout,
+    plan: Plan<'_>,
     control: Control<'_>,
     new_worker: impl Fn() -> Result<W, FormatError> + Sync,
-    work: impl Fn(&mut W, Range<u64>) -> Result<T, FormatError> + Sync,
-    mut take: impl FnMut(Range<u64>, T) -> Result<u64, FormatError>,
+    work: impl Fn(&mut W, &Batch) -> Result<T, FormatError> + Sync,
+    mut take: impl FnMut(&Batch, T) -> Result<u64, FormatError>,
 ) -> Result<(), FormatError> {
-    let line = Line::new(layout.batches(), control.threads.get() as u64 * AHEAD);
+    let line = Line::new(plan, control.threads.get() as u64 * AHEAD);
+    let most = layout.chunks().div_ceil(layout.batch_len());
+    if most == 0 {
+        return Ok(());
+    }
     std::thread::scope(|scope| {
-        for _ in 0..line.batches.min(control.threads.get() as u64) {
+        for _ in 0..most.min(control.threads.get() as u64) {
             scope.spawn(|| {
                 // A panic in `work` must not leave the calling thread waiting for the batch.
                 let _closes = CloseOnPanic(&line);
                 let mut worker = None;
-                while let Some(batch) = line.next() {
-                    let mut run = || {
+                while let Some((number, batch)) = line.next() {
+                    let mut run = |batch: Batch| {
                         control.check()?;
                         let worker = match &mut worker {
                             Some(worker) => worker,
                             none => none.insert(new_worker()?),
                         };
-                        work(worker, layout.batch(batch))
+                        let done = work(worker, &batch)?;
+                        Ok((batch, done))
                     };
-                    line.put(batch, run());
+                    line.put(number, batch.and_then(&mut run));
                 }
             });
         }
         let mut run = || {
-            for batch in 0..line.batches {
-                let Some(result) = line.get(batch) else {
+            for number in 0.. {
+                let Some(result) = line.get(number) else {
                     break;
                 };
-                let chunks = layout.batch(batch);
-                let done = layout.offset(chunks.end).min(layout.size);
-                let stored = take(chunks, result?)?;
+                let (batch, done) = result?;
+                let stored = take(&batch, done)?;
                 control.check()?;
+                let done = layout.offset(batch.span.end).min(layout.size);
                 control.progress.advanced(done, layout.size, stored);
             }
             Ok(())
@@ -65,8 +73,8 @@ pub(super) fn run_in_order<W, T: Send>(
 }
 
 /// The order of batches between workers and the calling thread.
-struct Line<T> {
-    batches: u64,
+struct Line<'a, T> {
+    plan: Mutex<Plan<'a>>,
     ahead: u64,
     inner: Mutex<LineInner<T>>,
     changed: Condvar,
@@ -75,44 +83,59 @@ struct Line<T> {
 struct LineInner<T> {
     next: u64,
     taken: u64,
-    done: HashMap<u64, Result<T, FormatError>>,
+    done: HashMap<u64, Result<(Batch, T), FormatError>>,
+    /// No further batch is begun.
+    ended: bool,
+    /// Nobody waits for a result any more.
     closed: bool,
 }
 
-impl<T> Line<T> {
-    fn new(batches: u64, ahead: u64) -> Self {
-        let inner = LineInner { next: 0, taken: 0, done: HashMap::new(), closed: false };
-        Self { batches, ahead, inner: Mutex::new(inner), changed: Condvar::new() }
+impl<'a, T> Line<'a, T> {
+    fn new(plan: Plan<'a>, ahead: u64) -> Self {
+        let done = HashMap::new();
+        let inner = LineInner { next: 0, taken: 0, done, ended: false, closed: false };
+        Self { plan: Mutex::new(plan), ahead, inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
-    /// The next batch to work on; `None` if there is none left.
-    fn next(&self) -> Option<u64> {
+    /// The next batch to work on and its number, or why it cannot be told; `None` if there is none left.
+    fn next(&self) -> Option<(u64, Result<Batch, FormatError>)> {
+        // Held all the time, so that numbers are in the order of the batches. Without the other lock: to find
+        // the next batch may take a call to the file system.
+        let mut plan = lock(&self.plan);
         let mut inner = lock(&self.inner);
-        while !inner.closed && inner.next < self.batches && inner.next - inner.taken >= self.ahead {
+        while !inner.closed && !inner.ended && inner.next - inner.taken >= self.ahead {
             inner = self.wait(inner);
         }
-        if inner.closed || inner.next >= self.batches {
+        if inner.closed || inner.ended {
             return None;
         }
+        drop(inner);
+        let batch = plan.next().transpose();
+        let mut inner = lock(&self.inner);
+        inner.ended = !matches!(batch, Some(Ok(_)));
+        let Some(batch) = batch else {
+            self.changed.notify_all();
+            return None;
+        };
         inner.next += 1;
-        Some(inner.next - 1)
+        Some((inner.next - 1, batch))
     }
 
-    fn put(&self, batch: u64, result: Result<T, FormatError>) {
-        lock(&self.inner).done.insert(batch, result);
+    fn put(&self, number: u64, result: Result<(Batch, T), FormatError>) {
+        lock(&self.inner).done.insert(number, result);
         self.changed.notify_all();
     }
 
-    /// Waits for the result of `batch`; `None` if a worker panicked.
-    fn get(&self, batch: u64) -> Option<Result<T, FormatError>> {
+    /// Waits for the result of the batch of that number; `None` if there is none, or a worker panicked.
+    fn get(&self, number: u64) -> Option<Result<(Batch, T), FormatError>> {
         let mut inner = lock(&self.inner);
         loop {
-            if let Some(result) = inner.done.remove(&batch) {
-                inner.taken = batch + 1;
+            if let Some(result) = inner.done.remove(&number) {
+                inner.taken = number + 1;
                 self.changed.notify_all();
                 return Some(result);
             }
-            if inner.closed {
+            if inner.closed || inner.ended && number >= inner.next {
                 return None;
             }
             inner = self.wait(inner);
@@ -124,14 +147,14 @@ impl<T> Line<T> {
         self.changed.notify_all();
     }
 
-    fn wait<'a>(&self, inner: MutexGuard<'a, LineInner<T>>) -> MutexGuard<'a, LineInner<T>> {
+    fn wait<'b>(&self, inner: MutexGuard<'b, LineInner<T>>) -> MutexGuard<'b, LineInner<T>> {
         self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct CloseOnPanic<'a, T>(&'a Line<T>);
+struct CloseOnPanic<'a, 'b, T>(&'a Line<'b, T>);
 
-impl<T> Drop for CloseOnPanic<'_, T> {
+impl<T> Drop for CloseOnPanic<'_, '_, T> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.close();
@@ -148,6 +171,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::{
         num::NonZeroUsize,
+        ops::Range,
         panic::{AssertUnwindSafe, catch_unwind},
         sync::atomic::{AtomicU64, Ordering},
         time::Duration,
@@ -168,17 +192,19 @@ mod tests {
             let layout = Layout { size: 100 * u64::from(chunk_size) * 16 + 1, chunk_size };
             let begun = AtomicU64::new(0);
             let mut next = 0;
-            let work = |_: &mut (), chunks: Range<u64>| {
+            let work = |_: &mut (), batch: &Batch| {
                 begun.fetch_add(1, Ordering::SeqCst);
-                Ok(chunks.clone())
+                Ok(batch.span.clone())
             };
             let mut taken = 0;
             run_in_order(
                 layout,
+                Plan::all(layout),
                 control(),
                 || Ok(()),
                 work,
-                |chunks, result: Range<u64>| {
+                |batch, result: Range<u64>| {
+                    let chunks = batch.span.clone();
                     // Time for the workers to run away in, if they can.
                     std::thread::sleep(Duration::from_millis(1));
                     // The batch in hand counts as taken: its place in the line is free again.
@@ -192,7 +218,7 @@ mod tests {
                 },
             )
             .unwrap();
-            assert_eq!((next, begun.into_inner()), (layout.chunks(), layout.batches()));
+            assert_eq!((next, begun.into_inner()), (layout.chunks(), taken));
         }
     }
 
@@ -200,12 +226,13 @@ mod tests {
     fn the_lowest_batch_that_fails_is_told() {
         let layout = Layout { size: 60 << 20, chunk_size: CHUNK_SIZE };
         let fails = |chunk: u64| FormatError::field("memory", format!("chunk {chunk}"), "fails");
-        let work = |_: &mut (), chunks: Range<u64>| match chunks.start {
+        let work = |_: &mut (), batch: &Batch| match batch.span.start {
             start if start >= 320 => Err(fails(start)),
             _ => Ok(()),
         };
         for _ in 0..20 {
-            let error = run_in_order(layout, control(), || Ok(()), work, |_, ()| Ok(0));
+            let plan = Plan::all(layout);
+            let error = run_in_order(layout, plan, control(), || Ok(()), work, |_, ()| Ok(0));
             assert!(error.unwrap_err().to_string().contains("chunk 320"));
         }
     }
@@ -213,11 +240,12 @@ mod tests {
     #[test]
     fn a_panic_in_a_worker_ends_the_run() {
         let layout = Layout { size: 60 << 20, chunk_size: CHUNK_SIZE };
-        let work = |_: &mut (), chunks: Range<u64>| match chunks.start {
+        let work = |_: &mut (), batch: &Batch| match batch.span.start {
             320 => panic!("as the test wants it"),
             _ => Ok(()),
         };
-        let run = || run_in_order(layout, control(), || Ok(()), work, |_, ()| Ok(0));
+        let plan = || Plan::all(layout);
+        let run = || run_in_order(layout, plan(), control(), || Ok(()), work, |_, ()| Ok(0));
         assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
     }
 }

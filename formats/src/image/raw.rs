@@ -6,17 +6,15 @@
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use super::{
-    Content, Control, ImageOptions, Layout, Record, Source, WrittenImage,
-    digest::{ImageHasher, read_chunk},
-    pipeline::run_in_order,
-    zero_digest,
+    Content, Control, ImageOptions, Layout, Record, Source, WrittenImage, digest::digest_in_order,
+    index::IndexWriter,
 };
 use crate::{
     digest::Digest,
     error::FormatError,
     manifest::ImageRecord,
     publish::{ClonedFile, Staging},
-    storage::is_hole,
+    storage::next_data,
 };
 
 /// Makes `clone`, whose name is that of the image's raw file, the image `name` of the snapshot. Its bytes are
@@ -34,6 +32,7 @@ pub fn write_raw_image(
 ) -> Result<WrittenImage, FormatError> {
     options.check(name)?;
     let layout = Layout { size: clone.size(), chunk_size: options.chunk_size };
+    layout.check(name)?;
     let mut record = ImageRecord {
         name: name.to_owned(),
         size: layout.size,
@@ -42,41 +41,19 @@ pub fn write_raw_image(
     };
     debug_assert_eq!(clone.name(), record.raw_file());
     let source = ClonedSource { file: clone.file(), size: layout.size, known };
-    let mut index = staging.create(&record.index_file())?;
+    let mut index = IndexWriter::new(staging, &record.index_file(), layout)?;
     // Empty: a reader finds the same files in every image.
     let data = staging.create(&record.data_file())?;
-    let zero = zero_digest(layout.chunk_size);
-    let mut hasher = ImageHasher::new();
     let (mut zeros, mut raw) = (0, 0);
-    let digest = |buffer: &mut Vec<u8>, chunk| {
-        if let Some(known) = layout.known_digest(&source, chunk) {
-            return Ok(known);
-        }
-        Ok(match read_chunk(clone.name(), &source, layout, chunk, buffer)? {
-            Content::Zero => zero,
-            Content::Data => Digest::of(buffer),
-        })
-    };
-    let new_worker = || Ok(vec![0; layout.chunk_size as usize]);
-    let work = |buffer: &mut Vec<u8>, chunks: Range<u64>| {
-        chunks.map(|chunk| digest(buffer, chunk)).collect::<Result<Vec<_>, _>>()
-    };
-    run_in_order(layout, control, new_worker, work, |chunks, digests: Vec<Digest>| {
-        for (chunk, digest) in chunks.zip(digests) {
-            let len = layout.len(chunk) as u64;
-            let record = match digest == zero {
-                true => Record::Zero,
-                false => Record::Raw { digest },
-            };
-            *(if record == Record::Zero { &mut zeros } else { &mut raw }) += len;
-            let bytes = record.encode(zero);
-            hasher.record(&bytes);
-            index.write(&bytes)?;
-        }
-        Ok(0)
+    digest_in_order(clone.name(), &source, layout, control, |chunks, digest, is_zero| {
+        let record = match is_zero {
+            true => Record::Zero,
+            false => Record::Raw { digest },
+        };
+        *(if is_zero { &mut zeros } else { &mut raw }) += layout.bytes(&chunks);
+        index.push(record, chunks.end - chunks.start)
     })?;
-    record.digest = hasher.finish(layout);
-    staging.finish(index)?;
+    record.digest = index.finish(staging)?;
     staging.finish(data)?;
     staging.finish_raw(clone, record.digest);
     Ok(WrittenImage { record, zero: zeros, duplicate: 0, parent: 0, patched: 0, raw, stored: 0 })
@@ -95,11 +72,12 @@ impl Source for ClonedSource<'_> {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
-        if is_hole(self.file, offset, into.len() as u64) {
-            return Ok(Content::Zero);
-        }
         self.file.read_exact_at(into, offset)?;
         Ok(Content::Data)
+    }
+
+    fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(next_data(self.file, offset, self.size))
     }
 
     fn known_digest(&self, offset: u64, len: usize) -> Option<Digest> {

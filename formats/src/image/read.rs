@@ -18,10 +18,11 @@ use super::{
     Control, PAGE_SIZE, RECORD_LEN, Record, Sink, bitmap_len,
     index::{Beside, Index, Parser},
     is_zero,
+    plan::Plan,
 };
 use crate::{
     digest::Digest, error::FormatError, manifest::ImageRecord, snapshot_dir::Snapshot,
-    storage::is_hole,
+    storage::next_data,
 };
 
 /// Bytes of the index that are read at once; a multiple of [`RECORD_LEN`].
@@ -78,7 +79,7 @@ impl ImageReader {
         let needs_base =
             |record: &Record| matches!(record, Record::Patch { .. } | Record::Parent { .. });
         if let Some(id) = snapshot.manifest().parent
-            && image.index.records().iter().any(needs_base)
+            && image.index.runs().any(|(_, record)| needs_base(record))
         {
             let parent = snapshot.parent().ok_or_else(|| FormatError::MissingParent {
                 path: snapshot.path().to_owned(),
@@ -129,7 +130,7 @@ impl ImageReader {
     /// its bytes have the image digest. The error is the one of the lowest-numbered chunk that is damaged; a
     /// chunk of zeros is looked at when all others are right.
     pub fn verify(&self, control: Control<'_>) -> Result<Loaded, FormatError> {
-        let loaded = self.load(&Nowhere, control)?;
+        let loaded = self.run(&Nowhere, Plan::to_verify(self), control)?;
         self.check_raw_zeros(control)?;
         Ok(loaded)
     }
@@ -138,15 +139,32 @@ impl ImageReader {
         let Some(file) = &self.inner.raw else { return Ok(()) };
         let layout = self.index().layout();
         let mut raw = vec![0; layout.chunk_size as usize];
-        for (chunk, record) in (0..).zip(self.index().records()) {
-            control.check()?;
-            let (offset, len) = (layout.offset(chunk), layout.len(chunk) as u64);
-            if *record == Record::Zero && !is_hole(file, offset, len) {
-                self.inner.fill_raw(chunk, &mut raw)?;
-                self.inner.check_raw(chunk, self.index().digest(chunk), &raw)?;
+        let zeros = self.index().runs().filter(|(_, record)| **record == Record::Zero);
+        for (mut chunks, _) in zeros {
+            let end = layout.offset(chunks.end).min(layout.size);
+            while let Some(data) = next_data(file, layout.offset(chunks.start), end) {
+                let first = data.start / u64::from(layout.chunk_size);
+                let behind = data.end.div_ceil(layout.chunk_size.into());
+                for chunk in first..behind {
+                    control.check()?;
+                    self.inner.fill_raw(chunk, &mut raw)?;
+                    self.inner.check_raw(chunk, self.index().digest(chunk), &raw)?;
+                }
+                chunks.start = behind;
             }
         }
         Ok(())
+    }
+
+    /// The chunk up to which all from `chunk` on have their bytes from one place.
+    pub(super) fn same_until(&self, chunk: u64) -> u64 {
+        let (record, run) = (self.index().record(chunk), self.index().digest_run(chunk));
+        let end = run.map_or(chunk + 1, |(_, count)| chunk + count);
+        match (record, &self.inner.base) {
+            (Record::Zero | Record::Data { .. }, _) => end,
+            (Record::Parent { .. }, Some(base)) => end.min(base.image.same_until(chunk)),
+            _ => chunk + 1,
+        }
     }
 
     /// The file with the raw bytes, if the image is stored so.
@@ -158,11 +176,24 @@ impl ImageReader {
     /// only if the sink needs them. After an error the sink has some of the chunks. The error is the
     /// one of the lowest-numbered chunk that is damaged.
     pub fn load(&self, sink: &dyn Sink, control: Control<'_>) -> Result<Loaded, FormatError> {
+        let plan = match sink.is_zero(0, self.index().size()) {
+            true => Plan::of_index(self.index()),
+            false => Plan::all(self.index().layout()),
+        };
+        self.run(sink, plan, control)
+    }
+
+    fn run<'a>(
+        &'a self,
+        sink: &'a dyn Sink,
+        plan: Plan<'a>,
+        control: Control<'a>,
+    ) -> Result<Loaded, FormatError> {
         let job = Load {
             image: self,
             sink,
             control,
-            next: AtomicU64::new(0),
+            plan: Mutex::new(plan),
             failed: Mutex::new((u64::MAX, None)),
             stop: AtomicU64::new(u64::MAX),
             done: AtomicU64::new(0),
@@ -170,7 +201,8 @@ impl ImageReader {
         };
         let layout = self.index().layout();
         std::thread::scope(|scope| {
-            for _ in 1..layout.batches().min(control.threads.get() as u64) {
+            let most = layout.chunks().div_ceil(layout.batch_len());
+            for _ in 1..most.min(control.threads.get() as u64) {
                 scope.spawn(|| job.work());
             }
             job.work();
@@ -178,11 +210,11 @@ impl ImageReader {
         if let (_, Some(error)) = job.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
-        let records = self.index().records().iter().zip(0..);
-        let zeros = records.filter(|(record, _)| **record == Record::Zero);
+        control.check()?;
+        let zeros = self.index().runs().filter(|(_, record)| **record == Record::Zero);
         Ok(Loaded {
             size: layout.size,
-            zero: zeros.map(|(_, chunk)| layout.len(chunk) as u64).sum(),
+            zero: zeros.map(|(chunks, _)| layout.bytes(&chunks)).sum(),
             stored: job.stored.into_inner(),
         })
     }
@@ -209,7 +241,7 @@ impl ChunkReader {
     /// The raw, verified bytes of `chunk`, which is less than the index's number of records; `None`
     /// if all are zero. The last chunk ends where the image ends.
     pub fn read(&mut self, chunk: u64) -> Result<Option<&[u8]>, FormatError> {
-        let record = self.image.index.records()[chunk as usize];
+        let record = self.image.index.record(chunk);
         let digest = match record {
             Record::Zero => return Ok(None),
             Record::Parent { .. } => return self.read_base(chunk),
@@ -218,10 +250,10 @@ impl ChunkReader {
         };
         let (offset, length) = record.stored().unwrap_or_default();
         let image = self.image.clone();
-        let records = image.index.records();
-        let last = (chunk + 1).saturating_add(self.ahead).min(records.len() as u64);
-        let following = &records[chunk as usize + 1..last as usize];
-        self.fill(offset, length, following.iter().filter_map(Record::stored))?;
+        let last = (chunk + 1).saturating_add(self.ahead);
+        let following = image.index.runs_from(chunk + 1);
+        let following = following.take_while(|(chunks, _)| chunks.start < last);
+        self.fill(offset, length, following.filter_map(|(_, record)| record.stored()))?;
         let start = (offset - self.frames_at) as usize;
         let stored = start..start + length as usize;
         self.stored += u64::from(length);
@@ -324,7 +356,8 @@ impl ChunkReader {
     pub fn read_ahead(&mut self, upcoming: &[u64]) -> Result<(), FormatError> {
         let upcoming = &upcoming[..upcoming.len().min(MAX_AHEAD)];
         let image = self.image.clone();
-        let record = |chunk: &u64| image.index.records().get(usize::try_from(*chunk).ok()?);
+        let chunks = image.index.chunks();
+        let record = |chunk: &u64| (*chunk < chunks).then(|| image.index.record(*chunk));
         let mut places = upcoming.iter().filter_map(|chunk| record(chunk)?.stored());
         if let Some((offset, length)) = places.next() {
             self.fill(offset, length, places)?;
@@ -344,7 +377,7 @@ impl ChunkReader {
 
     /// Bytes that the data file has of `chunk`, which has just been read.
     pub(super) fn stored(&self, chunk: u64) -> &[u8] {
-        let place = self.image.index.records()[chunk as usize].stored();
+        let place = self.image.index.record(chunk).stored();
         let start = place.and_then(|(offset, _)| offset.checked_sub(self.frames_at));
         let end = place.zip(start).map(|((_, length), start)| start + u64::from(length));
         let range = start.zip(end).map(|(start, end)| start as usize..end as usize);
@@ -391,12 +424,16 @@ impl Inner {
             let why = format!("size and chunk size {theirs:?}, this has {own:?}");
             return Err(FormatError::field(file(), "the parent's image", why));
         }
-        for (chunk, record) in (0..).zip(self.index.records()) {
-            if let Record::Parent { digest } = record
-                && base.index().digest(chunk) != *digest
+        for (mut chunks, record) in self.index.runs() {
+            let Record::Parent { digest } = record else { continue };
+            while let Some(chunk) = chunks.next()
+                && let Some((theirs, count)) = base.index().digest_run(chunk)
             {
-                let why = format!("{digest}, the parent has {}", base.index().digest(chunk));
-                return Err(FormatError::field(file(), format!("chunk {chunk}: digest"), why));
+                if theirs != *digest {
+                    let why = format!("{digest}, the parent has {theirs}");
+                    return Err(FormatError::field(file(), format!("chunk {chunk}: digest"), why));
+                }
+                chunks.start = chunk + count;
             }
         }
         Ok(())
@@ -415,18 +452,24 @@ impl Inner {
             data_length: data_file.length,
             is_diff: snapshot.manifest().parent.is_some(),
             is_raw: raw.is_some(),
+            scheme: snapshot.manifest().scheme(),
         };
         let mut parser = Parser::new(&record, beside);
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; INDEX_STEP];
-        let mut left = index_file.length;
+        let (mut left, mut header) = (index_file.length, parser.header_len());
         while left > 0 {
-            let step = &mut buffer[..left.min(INDEX_STEP as u64) as usize];
+            let most = if header > 0 { header } else { INDEX_STEP };
+            let step = &mut buffer[..left.min(most as u64) as usize];
             file.read_exact(step).map_err(io)?;
             hasher.update(step);
+            let parsed = match std::mem::take(&mut header) {
+                0 => parser.records(step),
+                _ => parser.header(step),
+            };
             // A damaged byte is reported as such, with both digests, rather than as the odd value
             // that it makes; only a file that its digest confirms is wrong in its values.
-            if let Err(error) = parser.records(step) {
+            if let Err(error) = parsed {
                 std::io::copy(&mut file, &mut hasher).map_err(io)?;
                 index_file.check(hasher.finalize().into())?;
                 return Err(error);
@@ -495,7 +538,7 @@ fn decompress(
 struct Nowhere;
 
 impl Sink for Nowhere {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         true
     }
 
@@ -508,8 +551,8 @@ struct Load<'a> {
     image: &'a ImageReader,
     sink: &'a dyn Sink,
     control: Control<'a>,
-    /// The next batch that nobody works on.
-    next: AtomicU64,
+    /// The batches that nobody works on.
+    plan: Mutex<Plan<'a>>,
     /// The lowest chunk that failed.
     failed: Mutex<(u64, Option<FormatError>)>,
     /// No chunk from this one on is worth looking at.
@@ -523,11 +566,10 @@ impl Load<'_> {
         let layout = self.image.index().layout();
         let mut reader = None;
         loop {
-            let batch = self.next.fetch_add(1, Ordering::Relaxed);
-            if batch >= layout.batches() {
-                return;
-            }
-            for chunk in layout.batch(batch) {
+            let next = self.plan.lock().unwrap_or_else(PoisonError::into_inner).next();
+            // An index has nothing to fail with.
+            let Ok(Some(batch)) = next else { return };
+            for chunk in batch.chunks() {
                 if chunk >= self.stop.load(Ordering::Relaxed) {
                     return;
                 }
@@ -535,7 +577,7 @@ impl Load<'_> {
                     return self.fail(chunk, error);
                 }
             }
-            let bytes: u64 = layout.batch(batch).map(|chunk| layout.len(chunk) as u64).sum();
+            let bytes = layout.bytes(&batch.span);
             let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
             self.control.progress.advanced(done, layout.size, self.stored.load(Ordering::Relaxed));
         }
@@ -544,8 +586,8 @@ impl Load<'_> {
     fn chunk(&self, reader: &mut Option<ChunkReader>, chunk: u64) -> Result<(), FormatError> {
         self.control.check()?;
         let layout = self.image.index().layout();
-        let record = self.image.index().records()[chunk as usize];
-        if record == Record::Zero && self.sink.is_zero(layout.offset(chunk), layout.len(chunk)) {
+        let is_zero = || self.sink.is_zero(layout.offset(chunk), layout.len(chunk) as u64);
+        if self.image.index().record(chunk) == Record::Zero && is_zero() {
             return Ok(());
         }
         let reader = match reader {
@@ -556,7 +598,7 @@ impl Load<'_> {
         let failed = |error| FormatError::io(&self.image.record().name, "write back", error);
         match reader.read(chunk)? {
             Some(bytes) => self.sink.write(at, bytes).map_err(failed)?,
-            None if self.sink.is_zero(at, layout.len(chunk)) => {}
+            None if is_zero() => {}
             None => self.sink.write(at, &vec![0; layout.len(chunk)]).map_err(failed)?,
         }
         self.stored.fetch_add(reader.take_stored(), Ordering::Relaxed);

@@ -1,17 +1,18 @@
 //! An image written again with its frames in another order.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     fs::File,
-    ops::Range,
     sync::Mutex,
 };
 
 use super::{
-    ChunkReader, Control, ImageOptions, ImageReader, ImageSource, Layout, Record, WrittenImage,
-    digest::ImageHasher,
+    ChunkReader, Control, ImageOptions, ImageReader, ImageSource, Layout, Record, Scheme,
+    WrittenImage,
+    index::IndexWriter,
     pipeline::{lock, run_in_order},
-    write_image, write_raw_image, zero_digest,
+    plan::{Batch, Plan},
+    write_image, write_raw_image,
 };
 use crate::{error::FormatError, publish::Staging};
 
@@ -33,14 +34,15 @@ pub fn reorder_image(
     if let Some(file) = image.raw() {
         return write_raw_again(staging, image, file, control);
     }
-    let plan = Plan::new(image, first)?;
+    let plan = Order::new(image, first)?;
     let mut reader = image.chunks(0)?;
     plan.verify.iter().try_for_each(|chunk| reader.read(*chunk).map(|_| ()))?;
-    let mut index = staging.create(&record.index_file())?;
+    let mut index = IndexWriter::new(staging, &record.index_file(), image.index().layout())?;
     let mut data = staging.create(&record.data_file())?;
     let mut offsets = HashMap::with_capacity(plan.order.len());
     let spare: Mutex<Vec<Copied>> = Mutex::default();
-    let work = |reader: &mut ChunkReader, places: Range<u64>| {
+    let work = |reader: &mut ChunkReader, places: &Batch| {
+        let places = &places.span;
         let mut copied = lock(&spare).pop().unwrap_or_default();
         copied.clear();
         let chunks = &plan.order[places.start as usize..places.end as usize];
@@ -56,13 +58,14 @@ pub fn reorder_image(
     let layout = Layout { size: plan.order.len() as u64 * u64::from(chunk_size), chunk_size };
     run_in_order(
         layout,
+        Plan::all(layout),
         control,
         || image.chunks(0),
         work,
         |places, copied: Copied| {
-            let mut offset = data.length();
+            let (mut offset, places) = (data.length(), &places.span);
             for chunk in &plan.order[places.start as usize..places.end as usize] {
-                if let Some(place) = image.index().records()[*chunk as usize].stored() {
+                if let Some(place) = image.index().record(*chunk).stored() {
                     offsets.entry(place).or_insert(offset);
                     offset += u64::from(place.1);
                 }
@@ -81,10 +84,8 @@ pub fn reorder_image(
         raw: 0,
         stored: data.length(),
     };
-    let zero = zero_digest(chunk_size);
-    let mut hasher = ImageHasher::new();
-    for (chunk, old) in (0..).zip(image.index().records()) {
-        let raw = image.index().layout().len(chunk) as u64;
+    for (chunks, old) in image.index().runs() {
+        let raw = image.index().bytes(&chunks);
         // Every place that a record names has been copied.
         let moved = |offset: &u64, length: &u32| offsets.get(&(*offset, *length)).copied();
         let record = match old {
@@ -109,12 +110,10 @@ pub fn reorder_image(
                 Record::Patch { offset, length: *length, digest: *digest }
             }
         };
-        let bytes = record.encode(zero);
-        hasher.record(&bytes);
-        index.write(&bytes)?;
+        index.push(record, chunks.end - chunks.start)?;
     }
-    debug_assert_eq!(hasher.finish(image.index().layout()), written.record.digest);
-    staging.finish(index)?;
+    written.record.digest = index.finish(staging)?;
+    debug_assert_eq!(image.index().image_digest(Scheme::WRITTEN), written.record.digest);
     staging.finish(data)?;
     Ok(written)
 }
@@ -133,13 +132,14 @@ fn write_raw_again(
         return write_image(staging, &record.name, &source, options, control);
     };
     let written = write_raw_image(staging, &record.name, clone, &|_, _| None, options, control)?;
-    if written.record.digest != record.digest {
+    let expected = image.index().image_digest(Scheme::WRITTEN);
+    if written.record.digest != expected {
         // The index names the chunk.
         image.verify(control)?;
         return Err(FormatError::Digest {
             file: record.raw_file(),
             what: "the image as cloned".into(),
-            expected: record.digest,
+            expected,
             found: written.record.digest,
         });
     }
@@ -150,7 +150,7 @@ fn write_raw_again(
 type Copied = Vec<u8>;
 
 /// Which chunks are read, in which order.
-struct Plan {
+struct Order {
     /// Chunks whose bytes are copied.
     order: Vec<u64>,
     /// Chunks that share those bytes and must be verified all the same.
@@ -159,21 +159,14 @@ struct Plan {
     duplicate: u64,
 }
 
-impl Plan {
+impl Order {
     fn new(image: &ImageReader, first: &[u32]) -> Result<Self, FormatError> {
-        let (records, layout) = (image.index().records(), image.index().layout());
+        let (index, layout) = (image.index(), image.index().layout());
         let mut plan = Self { order: Vec::new(), verify: Vec::new(), duplicate: 0 };
-        let mut done = vec![false; records.len()];
+        let mut done = HashSet::new();
         let mut copied = HashMap::new();
-        for chunk in first.iter().copied().map(u64::from).chain(0..layout.chunks()) {
-            let Some(done) = done.get_mut(chunk as usize) else {
-                let why = format!("chunk {chunk}, the image has {}", records.len());
-                return Err(FormatError::field(&image.record().name, "order of chunks", why));
-            };
-            let record = &records[chunk as usize];
-            let Some(place) = record.stored().filter(|_| !std::mem::replace(done, true)) else {
-                continue;
-            };
+        let mut add = |chunk: u64, record: &Record| {
+            let Some(place) = record.stored().filter(|_| done.insert(chunk)) else { return };
             match copied.entry(place) {
                 Entry::Vacant(none) => {
                     none.insert(*record);
@@ -188,6 +181,16 @@ impl Plan {
                     }
                 }
             }
+        };
+        for chunk in first.iter().copied().map(u64::from) {
+            if chunk >= layout.chunks() {
+                let why = format!("chunk {chunk}, the image has {}", layout.chunks());
+                return Err(FormatError::field(&image.record().name, "order of chunks", why));
+            }
+            add(chunk, &index.record(chunk));
+        }
+        for (chunks, record) in index.runs().filter(|(_, record)| record.stored().is_some()) {
+            chunks.for_each(|chunk| add(chunk, record));
         }
         Ok(plan)
     }

@@ -3,12 +3,13 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::unix::fs::FileExt,
     sync::{Mutex, PoisonError},
 };
 
 use super::{ChunkReader, Content, ImageReader, Source};
-use crate::storage::is_hole;
+use crate::storage::next_data;
 
 /// A raw file or block device. Holes are found and not read. The file's offset is moved, so the
 /// descriptor must not be shared with a user of the offset.
@@ -37,11 +38,12 @@ impl Source for FileSource {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Content> {
-        if is_hole(&self.file, offset, into.len() as u64) {
-            return Ok(Content::Zero);
-        }
         self.file.read_exact_at(into, offset)?;
         Ok(Content::Data)
+    }
+
+    fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(next_data(&self.file, offset, self.size))
     }
 }
 
@@ -86,5 +88,15 @@ impl Source for ImageSource<'_> {
         }
         idle().push(reader);
         Ok(Content::Data)
+    }
+
+    fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let chunk_size = u64::from(self.image.record().chunk_size);
+        let found = self.image.index().next_data(offset / chunk_size);
+        let bytes = |chunks: Range<u64>| {
+            let end = (chunks.end * chunk_size).min(self.size());
+            (chunks.start * chunk_size).max(offset)..end
+        };
+        Ok(found.map(bytes))
     }
 }

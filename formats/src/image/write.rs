@@ -12,11 +12,11 @@ use zstd::bulk::Compressor;
 use super::{
     CHUNK_SIZE, ChunkReader, Content, Control, ImageReader, LEVEL, Layout, MAX_CHUNK_SIZE,
     MIN_CHUNK_SIZE, PAGE_SIZE, Record, Source, bitmap_len,
-    digest::ImageHasher,
     digest::read_chunk,
+    index::IndexWriter,
     is_chunk_size, is_zero,
     pipeline::{lock, run_in_order},
-    zero_digest,
+    plan::{Batch, Piece, Plan},
 };
 use crate::{
     digest::Digest,
@@ -120,35 +120,46 @@ fn write(
 ) -> Result<WrittenImage, FormatError> {
     options.check(name)?;
     let layout = Layout { size: source.size(), chunk_size: options.chunk_size };
+    layout.check(name)?;
     let mut record = ImageRecord {
         name: name.to_owned(),
         size: layout.size,
         chunk_size: layout.chunk_size,
         digest: Digest([0; 32]),
     };
-    let mut index = staging.create(&record.index_file())?;
+    let mut index = IndexWriter::new(staging, &record.index_file(), layout)?;
     let mut data = staging.create(&record.data_file())?;
-    let zero = zero_digest(layout.chunk_size);
-    let mut hasher = ImageHasher::new();
+    let zero = index.zero();
     let mut written: HashMap<Digest, Record> = HashMap::new();
     let (mut zeros, mut duplicate, mut parent, mut patched) = (0, 0, 0, 0);
     let claims = Mutex::new(HashMap::new());
     // Batches that have been written, whose buffers are used again.
-    let spare: Mutex<Vec<Batch>> = Mutex::default();
+    let spare: Mutex<Vec<Done>> = Mutex::default();
     let new_worker = || Worker::new(name, base, options, zero);
-    let work = |worker: &mut Worker<'_>, chunks: Range<u64>| {
-        let mut batch = lock(&spare).pop().unwrap_or_default();
-        batch.chunks.clear();
-        batch.used = 0;
-        for chunk in chunks {
-            let done = worker.chunk(source, layout, chunk, &claims, &mut batch)?;
-            batch.chunks.push(done);
+    let work = |worker: &mut Worker<'_>, batch: &Batch| {
+        let mut done = lock(&spare).pop().unwrap_or_default();
+        done.chunks.clear();
+        done.used = 0;
+        for chunk in batch.chunks() {
+            let found = worker.chunk(source, layout, chunk, &claims, &mut done)?;
+            done.chunks.push(found);
         }
-        Ok(batch)
+        Ok(done)
     };
-    run_in_order(layout, control, new_worker, work, |chunks, batch: Batch| {
-        let mut run = Run { frames: &batch.frames, range: 0..0 };
-        for (chunk, done) in chunks.zip(&batch.chunks) {
+    let plan = Plan::of_source(layout, source, name);
+    run_in_order(layout, plan, control, new_worker, work, |batch, results: Done| {
+        let mut run = Run { frames: &results.frames, range: 0..0 };
+        let mut chunks = results.chunks.iter();
+        for piece in batch.pieces() {
+            let (chunk, done) = match piece {
+                Piece::Zeros(range) => {
+                    zeros += layout.bytes(&range);
+                    index.push(Record::Zero, range.end - range.start)?;
+                    continue;
+                }
+                // There are as many results as chunks.
+                Piece::Chunk(chunk) => (chunk, chunks.next().unwrap_or(&Chunk::Zero)),
+            };
             let raw = layout.len(chunk) as u64;
             let first = done.stored().and_then(|digest| written.get(&digest));
             let record = match (done, first) {
@@ -180,32 +191,29 @@ fn write(
                     unreachable!("the first of equal chunks has a frame")
                 }
             };
-            let bytes = record.encode(zero);
-            hasher.record(&bytes);
-            index.write(&bytes)?;
+            index.push(record, 1)?;
         }
         run.write(&mut data)?;
-        lock(&spare).push(batch);
+        lock(&spare).push(results);
         Ok(data.length())
     })?;
-    record.digest = hasher.finish(layout);
     let stored = data.length();
-    staging.finish(index)?;
+    record.digest = index.finish(staging)?;
     staging.finish(data)?;
     Ok(WrittenImage { record, zero: zeros, duplicate, parent, patched, raw: 0, stored })
 }
 
-/// The chunks of a batch on their way from a worker to the writer. Its buffers go round, so that nothing
+/// The chunks of a [`Batch`] on their way from a worker to the writer. Its buffers go round, so that nothing
 /// is allocated for a chunk.
 #[derive(Default)]
-struct Batch {
+struct Done {
     chunks: Vec<Chunk>,
     /// Frames and patches one behind the other in the first `used` bytes; what is behind is left over.
     frames: Vec<u8>,
     used: usize,
 }
 
-/// What a worker has found of a chunk; ranges are places in [`Batch::frames`].
+/// What a worker has found of a chunk; ranges are places in [`Done::frames`].
 enum Chunk {
     Zero,
     /// `None` where an equal chunk of a lower number has the frame.
@@ -297,7 +305,7 @@ impl<'a> Worker<'a> {
         layout: Layout,
         chunk: u64,
         claims: &Mutex<HashMap<Digest, u64>>,
-        batch: &mut Batch,
+        batch: &mut Done,
     ) -> Result<Chunk, FormatError> {
         if let Some(digest) = layout.known_digest(source, chunk) {
             if digest == self.zero {
@@ -314,7 +322,7 @@ impl<'a> Worker<'a> {
         }
         let digest = Digest::of(&self.raw);
         let (compressor, raw) = (&mut self.compressor, &self.raw);
-        let mut frame = |batch: &mut Batch, bytes: &[u8]| {
+        let mut frame = |batch: &mut Done, bytes: &[u8]| {
             let done = batch.compress(compressor, bytes);
             done.map_err(|error| FormatError::io(self.name, "compress", error))
         };
@@ -353,7 +361,7 @@ impl<'a> Worker<'a> {
     }
 }
 
-impl Batch {
+impl Done {
     /// Appends the frame of `bytes`. Answers where it is.
     fn compress(
         &mut self,

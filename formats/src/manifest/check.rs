@@ -131,16 +131,8 @@ impl Manifest {
             if *size > image::MAX_SIZE {
                 return wrong("size", format!("{size} bytes, at most {}", image::MAX_SIZE));
             }
-            let expected = size.div_ceil(u64::from(*chunk_size)) * RECORD_LEN as u64;
-            let found = self.file(&record.index_file())?.length;
-            if found != expected {
-                return Err(FormatError::Length {
-                    file: record.index_file(),
-                    what: "the file".into(),
-                    expected,
-                    found,
-                });
-            }
+            let index = self.file(&record.index_file())?;
+            Index::check_length(record, self.scheme(), index.length)?;
             let data = self.file(&record.data_file())?;
             let Some(raw) = self.raw_file(record) else { continue };
             for (file, expected) in [(raw, *size), (data, 0)] {
@@ -183,10 +175,13 @@ impl Manifest {
                         return wrong("its size or digest is not that of its image");
                     }
                 }
-                DiskStorage::Reference if images.contains(&*name) => {
+                DiskStorage::Reference(_) if images.contains(&*name) => {
                     return wrong("is a reference, but there is an image of it");
                 }
-                DiskStorage::Reference => {}
+                DiskStorage::Reference(Scheme::Runs) if self.scheme() == Scheme::Chunks => {
+                    return wrong("storage 3, which this format does not have");
+                }
+                DiskStorage::Reference(_) => {}
             }
         }
         match images.iter().min() {

@@ -13,7 +13,7 @@ use crate::{
     codec,
     digest::Digest,
     error::FormatError,
-    image::{self, RECORD_LEN},
+    image::{self, Index, Scheme},
     names,
 };
 
@@ -148,12 +148,12 @@ pub struct DiskRecord {
 
 /// Where a disk's bytes are. On disk a `u8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub enum DiskStorage {
-    /// In the snapshot, as the image `disk-ID`.
-    Captured = 1,
-    /// At their path, where they must still have the recorded digest.
-    Reference = 2,
+    /// In the snapshot, as the image `disk-ID`: 1.
+    Captured,
+    /// At their path, where they must still have the recorded digest, which counts chunks so: each of them 2,
+    /// which older formats have, runs 3. A snapshot that is written again keeps the digest.
+    Reference(Scheme),
 }
 
 /// What the guest was told about its CPU, and what another host must match.
@@ -237,6 +237,14 @@ impl Manifest {
         }
     }
 
+    /// How the snapshot counts the chunks of its images.
+    pub fn scheme(&self) -> Scheme {
+        match self.minor() {
+            0..=3 => Scheme::Chunks,
+            _ => Scheme::Runs,
+        }
+    }
+
     /// The bytes of the body, in format 1.[`minor`](Self::minor).
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check()?;
@@ -305,6 +313,17 @@ impl Manifest {
     }
 }
 
+impl Manifest {
+    /// Gives `images` to the snapshot, which has others of the same bytes, and their digests to its disks.
+    pub fn set_images(&mut self, images: Vec<ImageRecord>) {
+        for disk in &mut self.machine.disks {
+            let image = images.iter().find(|image| image.name == disk.image_name());
+            disk.digest = image.map_or(disk.digest, |image| image.digest);
+        }
+        self.images = images;
+    }
+}
+
 impl DiskRecord {
     /// Name of the disk's image if it is captured.
     pub fn image_name(&self) -> String {
@@ -333,7 +352,16 @@ impl DiskStorage {
     fn name(self) -> &'static str {
         match self {
             Self::Captured => "captured",
-            Self::Reference => "reference",
+            Self::Reference(Scheme::Runs) => "reference",
+            Self::Reference(Scheme::Chunks) => "reference-by-chunks",
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Captured => 1,
+            Self::Reference(Scheme::Chunks) => 2,
+            Self::Reference(Scheme::Runs) => 3,
         }
     }
 }
@@ -342,21 +370,21 @@ impl Serialize for DiskStorage {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match serializer.is_human_readable() {
             true => serializer.serialize_str(self.name()),
-            false => serializer.serialize_u8(*self as u8),
+            false => serializer.serialize_u8(self.number()),
         }
     }
 }
 
 impl<'de> Deserialize<'de> for DiskStorage {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let all = [Self::Captured, Self::Reference];
+        let all = [Self::Captured, Self::Reference(Scheme::Runs), Self::Reference(Scheme::Chunks)];
         if deserializer.is_human_readable() {
             let name = String::deserialize(deserializer)?;
             let found = all.into_iter().find(|storage| storage.name() == name);
             return found.ok_or_else(|| D::Error::custom(format!("disk storage `{name}`")));
         }
         let value = u8::deserialize(deserializer)?;
-        let found = all.into_iter().find(|storage| *storage as u8 == value);
+        let found = all.into_iter().find(|storage| storage.number() == value);
         found.ok_or_else(|| D::Error::custom(format!("disk storage {value} is not known")))
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn sample() -> Manifest {
                     path: "/data".into(),
                     size: 4096,
                     read_only: true,
-                    storage: DiskStorage::Reference,
+                    storage: DiskStorage::Reference(Scheme::Chunks),
                     digest,
                 },
             ],
@@ -243,7 +243,9 @@ fn parts_that_do_not_fit_together_are_refused_by_name() {
         ("disk `root`", |m| m.machine.disks[0].size += 1),
         ("disk `root`: is listed twice", |m| m.machine.disks[1].id = "root".into()),
         ("no image `disk-data`", |m| m.machine.disks[1].storage = DiskStorage::Captured),
-        ("disk `root`: is a reference", |m| m.machine.disks[0].storage = DiskStorage::Reference),
+        ("disk `root`: is a reference", |m| {
+            m.machine.disks[0].storage = DiskStorage::Reference(Scheme::Chunks)
+        }),
         ("`disk-root` belongs to no disk", |m| drop(m.machine.disks.remove(0))),
         ("ID registers", |m| m.cpu.id_registers[1].0 = 0xc000),
         ("at most 4096", |m| m.machine.disks = vec![m.machine.disks[0].clone(); 5000]),
@@ -256,6 +258,39 @@ fn parts_that_do_not_fit_together_are_refused_by_name() {
     }
 }
 
+/// Gives `manifest` indexes of one run, as format 1.4 has them.
+fn shorten_indexes(manifest: &mut Manifest) {
+    for file in manifest.files.iter_mut().filter(|file| file.name.ends_with(".idx")) {
+        file.length = 16 + 48;
+    }
+}
+
+#[test]
+fn an_index_of_format_1_4_has_a_record_a_run() {
+    let mut manifest = Manifest { operation: Some(Operation::default()), ..sample() };
+    for (length, good) in [(64, true), (16 + 16 * 48, true), (16, false), (65, false), (832, false)]
+    {
+        shorten_indexes(&mut manifest);
+        manifest.files[1].length = length;
+        assert_eq!(manifest.encode().is_ok(), good, "{length}");
+    }
+}
+
+#[test]
+fn a_disk_outside_has_the_digest_of_its_format_or_keeps_that_of_an_older_one() {
+    let mut manifest = Manifest { operation: Some(Operation::default()), ..sample() };
+    shorten_indexes(&mut manifest);
+    for scheme in [Scheme::Runs, Scheme::Chunks] {
+        manifest.machine.disks[1].storage = DiskStorage::Reference(scheme);
+        let body = manifest.encode().unwrap();
+        assert_eq!(Manifest::decode(4, &body).unwrap(), manifest);
+    }
+    let mut old = sample();
+    old.machine.disks[1].storage = DiskStorage::Reference(Scheme::Runs);
+    let text = old.encode().unwrap_err().to_string();
+    assert!(text.contains("storage 3, which this format does not have"), "{text}");
+}
+
 #[test]
 fn what_the_operator_chose_is_of_format_1_4_whatever_else_there_is() {
     let diff =
@@ -265,6 +300,7 @@ fn what_the_operator_chose_is_of_format_1_4_whatever_else_there_is() {
         manifest.machine.initrd = Some("/boot/initrd".into());
         let initrd_digest = Some(Digest([7; 32]));
         manifest.operation = Some(Operation { on_reset: OnReset::Restart, initrd_digest });
+        shorten_indexes(&mut manifest);
         assert_eq!(manifest.minor(), 4);
         let body = manifest.encode().unwrap();
         assert_eq!(Manifest::decode(4, &body).unwrap(), manifest);
@@ -278,7 +314,8 @@ fn what_the_operator_chose_is_of_format_1_4_whatever_else_there_is() {
 
 #[test]
 fn a_reset_that_means_nothing_is_refused() {
-    let manifest = Manifest { operation: Some(Operation::default()), ..sample() };
+    let mut manifest = Manifest { operation: Some(Operation::default()), ..sample() };
+    shorten_indexes(&mut manifest);
     let mut body = manifest.encode().unwrap();
     // The operation is the last field: a byte of the choice, and a byte for no digest.
     let at = body.len() - 2;

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, ErrorKind, Write},
+    ops::Range,
     os::{fd::BorrowedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -13,7 +14,10 @@ use rustix::fs::{Mode, OFlags};
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{Content, Control, ImageOptions, Sink, Source, is_zero, write_image, write_raw_image},
+    image::{
+        Content, Control, HEADER_LEN, ImageOptions, RECORD_LEN, Scheme, Sink, Source, is_zero,
+        write_image, write_raw_image,
+    },
     layer::Layer,
     manifest::{
         CpuIdentity, DiskRecord, DiskStorage, HostBackend, ImageRecord, MachineInfo, Manifest,
@@ -50,7 +54,7 @@ impl Target {
 }
 
 impl Sink for Target {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         self.zeroed
     }
 
@@ -205,7 +209,7 @@ fn stage_with(
                     path: "data.img".into(),
                     size: 4096,
                     read_only: true,
-                    storage: DiskStorage::Reference,
+                    storage: DiskStorage::Reference(Scheme::WRITTEN),
                     digest: Digest([7; 32]),
                 },
             ],
@@ -275,4 +279,32 @@ pub(crate) fn names(path: &Path) -> Vec<String> {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+/// Where in an index of runs the record is that `chunk` belongs to.
+pub(crate) fn record_of(index: &[u8], chunk: u64) -> Range<usize> {
+    let mut behind = 0;
+    for (at, record) in index[HEADER_LEN..].chunks_exact(RECORD_LEN).enumerate() {
+        behind += u64::from(u32::from_le_bytes(record[4..8].try_into().unwrap()));
+        if chunk < behind {
+            let start = HEADER_LEN + at * RECORD_LEN;
+            return start..start + RECORD_LEN;
+        }
+    }
+    panic!("chunk {chunk} of {behind}");
+}
+
+/// The image digest that an index of runs makes up.
+pub(crate) fn index_digest(index: &[u8], size: u64, chunk_size: u64) -> Digest {
+    let mut runs: Vec<(u64, &[u8])> = Vec::new();
+    for record in index[HEADER_LEN..].chunks_exact(RECORD_LEN) {
+        let count = u64::from(u32::from_le_bytes(record[4..8].try_into().unwrap()));
+        match runs.last_mut() {
+            Some((chunks, digest)) if *digest == &record[16..] => *chunks += count,
+            _ => runs.push((count, &record[16..])),
+        }
+    }
+    let runs = runs.iter().flat_map(|(count, digest)| [&count.to_le_bytes()[..], digest].concat());
+    let sizes = [size.to_le_bytes(), chunk_size.to_le_bytes()].concat();
+    Digest::of(&runs.chain(sizes).collect::<Vec<u8>>())
 }

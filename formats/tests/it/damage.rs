@@ -13,7 +13,7 @@ use squib_formats::{
     digest::Digest,
     error::FormatError,
     header::{self, Header},
-    image::{Control, ImageReader, RECORD_LEN, digest_reader},
+    image::{Control, HEADER_LEN, ImageReader, RECORD_LEN, digest_reader},
     manifest::Manifest,
     sections::Sections,
     snapshot_dir::Snapshot,
@@ -73,8 +73,9 @@ fn replace_frame(path: &Path, chunk: usize, frame: &[u8]) {
     data.extend(frame);
     fs::write(path.join("memory.zst"), data).unwrap();
     let mut index = fs::read(path.join("memory.idx")).unwrap();
-    let record = &mut index[chunk * RECORD_LEN..][..RECORD_LEN];
-    record[4..8].copy_from_slice(&(frame.len() as u32).to_le_bytes());
+    let place = common::record_of(&index, chunk as u64);
+    let record = &mut index[place];
+    record[1..4].copy_from_slice(&(frame.len() as u32).to_le_bytes()[..3]);
     record[8..16].copy_from_slice(&offset.to_le_bytes());
     fs::write(path.join("memory.idx"), index).unwrap();
     rewrite(path, |_| ());
@@ -237,12 +238,11 @@ fn bytes_behind_the_end_of_an_image_are_refused() {
     let frame = zstd::bulk::compress(&chunk, 1).unwrap();
     fs::write(path.join("disk-root.zst"), &frame).unwrap();
     let mut index = fs::read(path.join("disk-root.idx")).unwrap();
-    let record = &mut index[RECORD_LEN..];
-    record[4..8].copy_from_slice(&(frame.len() as u32).to_le_bytes());
+    let place = common::record_of(&index, 1);
+    let record = &mut index[place];
+    record[1..4].copy_from_slice(&(frame.len() as u32).to_le_bytes()[..3]);
     record[16..48].copy_from_slice(&Digest::of(&chunk).0);
-    let digests = [&index[16..48], &index[RECORD_LEN + 16..][..32]].concat();
-    let sizes = [100_352u64.to_le_bytes(), 65_536u64.to_le_bytes()].concat();
-    let digest = Digest::of(&[digests, sizes].concat());
+    let digest = common::index_digest(&index, 100_352, 65_536);
     fs::write(path.join("disk-root.idx"), index).unwrap();
     rewrite(&path, |manifest| {
         manifest.images[1].digest = digest;
@@ -257,12 +257,13 @@ fn differential_records_in_a_full_snapshot_are_refused_by_name() {
     for (kind, name) in [(2, "patch"), (3, "parent")] {
         let (_keep, path) = common::fresh();
         let mut index = fs::read(path.join("memory.idx")).unwrap();
-        index[5 * RECORD_LEN] = kind;
+        let place = common::record_of(&index, 5);
+        index[place.start] = kind;
         fs::write(path.join("memory.idx"), index).unwrap();
         rewrite(&path, |_| ());
         let text = restore(&path).unwrap_err().to_string();
         assert!(
-            text.contains(&format!("memory.idx: chunk 5: kind: a {name} record in a")),
+            text.contains(&format!("memory.idx: record 3, chunk 5: kind: a {name} record in a")),
             "{text}"
         );
     }
@@ -272,9 +273,9 @@ fn differential_records_in_a_full_snapshot_are_refused_by_name() {
 fn a_manifest_with_right_digests_and_wrong_values_is_refused() {
     type Change = fn(&mut Manifest);
     let cases: [(&str, Change); 4] = [
-        ("memory.idx", |m| {
-            m.images[0].size = 1 << 43;
-            m.machine.memory_size = 1 << 43;
+        ("memory.idx: number of chunks: its records are of 16 chunks", |m| {
+            m.images[0].size = 1 << 25;
+            m.machine.memory_size = 1 << 25;
         }),
         ("image memory: chunk size", |m| m.images[0].chunk_size = 1 << 30),
         ("section 0: length", |m| m.sections[0].length = 1 << 40),
@@ -288,16 +289,14 @@ fn a_manifest_with_right_digests_and_wrong_values_is_refused() {
     }
 }
 
+/// Runs of the sample's memory.
+const RECORDS: usize = 9;
+
 /// Puts the image digest that its index makes up, and the right file digests, into the manifest.
 fn with_right_digests(path: &Path) {
     let index = fs::read(path.join("memory.idx")).unwrap();
-    let mut all: Vec<u8> = Vec::new();
-    for record in index.chunks(RECORD_LEN) {
-        all.extend(&record[16..]);
-    }
-    all.extend((16u64 << 16).to_le_bytes());
-    all.extend((1u64 << 16).to_le_bytes());
-    rewrite(path, |manifest| manifest.images[0].digest = Digest::of(&all));
+    let digest = common::index_digest(&index, 16 << 16, 1 << 16);
+    rewrite(path, |manifest| manifest.images[0].digest = digest);
 }
 
 proptest! {
@@ -305,18 +304,19 @@ proptest! {
 
     #[test]
     fn any_index_with_right_digests_loads_what_it_says_or_is_refused(
-        damage in prop::collection::vec((0..16 * RECORD_LEN, any::<u8>()), 1..4),
-        copy in prop::option::of((0..16usize, 0..16usize)),
+        damage in prop::collection::vec((0..RECORDS * RECORD_LEN, any::<u8>()), 1..4),
+        copy in prop::option::of((0..RECORDS, 0..RECORDS)),
     ) {
         let (_keep, path) = common::fresh();
         let mut index = fs::read(path.join("memory.idx")).unwrap();
         if let Some((from, to)) = copy {
-            index.copy_within(from * RECORD_LEN..(from + 1) * RECORD_LEN, to * RECORD_LEN);
+            let place = |record: usize| HEADER_LEN + record * RECORD_LEN;
+            index.copy_within(place(from)..place(from + 1), place(to));
         }
         for (at, byte) in damage {
             // The leading bytes of records, where the meaning is, are met as often as digests.
             let at = if byte % 2 == 0 { at / RECORD_LEN * RECORD_LEN + at % 16 } else { at };
-            index[at] = byte;
+            index[HEADER_LEN + at] = byte;
         }
         fs::write(path.join("memory.idx"), index).unwrap();
         with_right_digests(&path);

@@ -127,21 +127,21 @@ fn a_difference_holds_only_the_pages_that_changed() {
     );
     assert_eq!(snapshot.manifest().parent, Some(Snapshot::open(&a).unwrap().id()));
     let index = ImageReader::open_index(&snapshot, "memory").unwrap();
-    for (chunk, record) in index.records().iter().enumerate() {
+    for (chunk, record) in index.records().enumerate() {
         match chunk {
             3 => assert!(
                 matches!(record, Record::Patch { length, .. }
-                    if (2 * PAGE_SIZE..2 * PAGE_SIZE + 100).contains(&(*length as usize))),
+                    if (2 * PAGE_SIZE..2 * PAGE_SIZE + 100).contains(&(length as usize))),
                 "{record:?}"
             ),
             7 => assert!(matches!(record, Record::Patch { .. }), "{record:?}"),
-            10 => assert_eq!(*record, Record::Zero),
+            10 => assert_eq!(record, Record::Zero),
             15 => assert!(matches!(record, Record::Data { .. }), "{record:?}"),
             _ => assert!(matches!(record, Record::Parent { .. }), "{chunk}: {record:?}"),
         }
     }
     let disk = ImageReader::open_index(&snapshot, "disk-root").unwrap();
-    assert!(!disk.records().iter().any(|record| record.stored().is_some()));
+    assert!(!disk.records().any(|record| record.stored().is_some()));
     assert!(get(&b, "memory", &[]).unwrap() == memory);
     assert!(get(&b, "disk-root", &[]).unwrap() == common::disk());
     verify(&b, &[], Control::default()).unwrap();
@@ -179,7 +179,7 @@ fn a_chain_of_five_loads_and_flattens_to_equal_digests() {
 fn a_flipped_bit_in_a_patch_is_named() {
     let (_keep, _, b, _) = pair();
     let index = ImageReader::open_index(&Snapshot::open(&b).unwrap(), "memory").unwrap();
-    let Record::Patch { offset, length, .. } = index.records()[3] else { panic!() };
+    let Record::Patch { offset, length, .. } = index.record(3) else { panic!() };
     let file = b.join("memory.zst");
     let good = fs::read(&file).unwrap();
     // All of the bitmap, the frame's header and a sample of its body.

@@ -110,6 +110,14 @@ fn whole_snapshots() {
 }
 
 #[test]
+fn entries_of_the_newest_format_are_taken() {
+    for (name, entry) in [("index", "runs"), ("snapshot", "runs"), ("snapshot", "runs-diff")] {
+        let (_, target) = targets::TARGETS.into_iter().find(|target| target.0 == name).unwrap();
+        assert!(target(&fs::read(corpus(name).join(entry)).unwrap()), "{name}: {entry}");
+    }
+}
+
+#[test]
 fn every_target_has_a_corpus() {
     // There are others, of targets that go further than this crate.
     let names = crate::common::names(&corpus(""));
@@ -145,7 +153,10 @@ fn write_the_first_entries() {
     for (name, path) in manifests {
         put("manifest", name, &fs::read(format!("{golden}/{path}")).unwrap());
     }
-    put("index", "full", &[&[100, 0, 0, 0xff, 0xff, 0], &file("memory.idx")[..]].concat());
+    // The third bit of the third byte says that it is one of runs.
+    put("index", "runs", &[&[100, 0, 4, 0xff, 0xff, 0], &file("memory.idx")[..]].concat());
+    let full = fs::read(format!("{golden}/1.0/memory.idx")).unwrap();
+    put("index", "full", &[&[0, 2, 0, 0xff, 0xff, 8], &full[..]].concat());
     let diff = fs::read(format!("{golden}/1.1/diff/memory.idx")).unwrap();
     put("index", "diff", &[&[0, 2, 1, 0xff, 0xff, 8], &diff[..]].concat());
     let raw = fs::read(format!("{golden}/1.2/full/disk-root.idx")).unwrap();
@@ -163,7 +174,7 @@ fn write_the_first_entries() {
         [&lengths, &parts.concat(), body].concat()
     };
     let (index, data) = (file("memory.idx"), file("memory.zst"));
-    put("snapshot", "full", &whole(&index, &data, body));
+    put("snapshot", "runs", &whole(&index, &data, body));
 
     // A difference: a parent record, and a patch of two pages in the place of a frame.
     let mut manifest = snapshot.manifest().clone();
@@ -172,15 +183,16 @@ fn write_the_first_entries() {
     let mut patch = vec![0b0101];
     patch.extend(zstd::bulk::compress(&[9; 8192], 1).unwrap());
     let mut index = index;
-    index[4 * 48..5 * 48].fill(0);
-    index[4 * 48] = 3;
-    let record = &mut index[5 * 48..6 * 48];
-    record.fill(0);
-    record[0] = 2;
-    record[4..8].copy_from_slice(&(patch.len() as u32).to_le_bytes());
-    record[8..16].copy_from_slice(&(data.len() as u64).to_le_bytes());
+    let place = crate::common::record_of(&index, 6);
+    index[place.start..place.start + 4].copy_from_slice(&[3, 0, 0, 0]);
+    index[place.start + 8..place.end].fill(0);
+    let place = crate::common::record_of(&index, 7);
+    index[place.start] = 2;
+    index[place.start + 1..place.start + 4]
+        .copy_from_slice(&(patch.len() as u32).to_le_bytes()[..3]);
+    index[place.start + 8..place.start + 16].copy_from_slice(&(data.len() as u64).to_le_bytes());
     let data = [data, patch].concat();
-    put("snapshot", "diff", &whole(&index, &data, &body));
+    put("snapshot", "runs-diff", &whole(&index, &data, &body));
     let image = ImageReader::open(&snapshot, "memory").unwrap();
-    assert_eq!(image.index().records().len(), 8);
+    assert_eq!(image.index().chunks(), 8);
 }

@@ -10,4 +10,5 @@ mod publishing;
 mod raw;
 mod reordering;
 mod round_trip;
+mod sparse;
 mod working_set;

@@ -80,7 +80,7 @@ fn assert_leads(index: &Index, first: &[u32]) {
     let mut end = 0;
     let mut seen = Vec::new();
     for chunk in first {
-        let Some(place) = index.records()[*chunk as usize].stored() else { continue };
+        let Some(place) = index.record((*chunk).into()).stored() else { continue };
         if !seen.contains(&place) {
             assert_eq!(place.0, end, "chunk {chunk}");
             end += u64::from(place.1);
@@ -111,7 +111,7 @@ fn the_working_set_lies_at_the_start_and_the_state_is_the_same() {
     // The others follow in the order of their chunks, without gaps; chunk 4 has the frame of chunk 14.
     let rest: Vec<u32> = (0..24).filter(|chunk| !order.contains(chunk)).collect();
     assert_leads(&index, &[&order[..], &rest].concat());
-    assert_eq!(index.records()[4], index.records()[14]);
+    assert_eq!(index.record(4), index.record(14));
     let length = |path: &Path| fs::metadata(path.join("memory.zst")).unwrap().len();
     assert_eq!(length(&new), length(&old));
     // The working set belongs to the image, in whatever order it is stored.
@@ -127,11 +127,11 @@ fn frames_are_copied_as_they_are() {
     reorder(&old, &new, &[7, 2]).unwrap();
     let frames = |path: &Path| {
         let bytes = fs::read(path.join("memory.zst")).unwrap();
-        let frame = |record: &Record| {
+        let frame = |record: Record| {
             let (offset, length) = record.stored()?;
             Some(bytes[offset as usize..][..length as usize].to_vec())
         };
-        index(path).records().iter().map(frame).collect::<Vec<_>>()
+        index(path).records().map(frame).collect::<Vec<_>>()
     };
     assert!(frames(&old) == frames(&new));
 }
@@ -149,10 +149,10 @@ fn a_difference_stays_one_to_the_same_parent() {
     put(&at("diff"), &changed, Some(&at("full")));
     reorder(&at("diff"), &at("new"), &[19, 1, 7]).unwrap();
     let (old, new) = (index(&at("diff")), index(&at("new")));
-    let kind = |record: &Record| std::mem::discriminant(record);
-    let kinds = |index: &Index| index.records().iter().map(kind).collect::<Vec<_>>();
+    let kind = |record: Record| std::mem::discriminant(&record);
+    let kinds = |index: &Index| index.records().map(kind).collect::<Vec<_>>();
     assert_eq!(kinds(&old), kinds(&new));
-    assert!(matches!(new.records()[19], Record::Patch { offset: 0, .. }));
+    assert!(matches!(new.record(19), Record::Patch { offset: 0, .. }));
     assert_leads(&new, &[19, 1, 7, 2]);
     assert!(load(&at("new")) == changed);
     verify(&at("new"), &[], Control::default()).unwrap();
@@ -165,7 +165,7 @@ fn a_damaged_chunk_is_named_and_nothing_is_left() {
     let dir = tempfile::tempdir().unwrap();
     let (old, new) = (dir.path().join("old"), dir.path().join("new"));
     put(&old, &memory(5), None);
-    let Record::Data { offset, .. } = index(&old).records()[10] else { panic!() };
+    let Record::Data { offset, .. } = index(&old).record(10) else { panic!() };
     let mut bytes = fs::read(old.join("memory.zst")).unwrap();
     bytes[offset as usize + 900] ^= 1;
     fs::write(old.join("memory.zst"), bytes).unwrap();

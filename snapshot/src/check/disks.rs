@@ -78,13 +78,13 @@ impl Lines {
         snapshot: &Snapshot,
         options: &CheckOptions<'_>,
     ) -> Result<(), FormatError> {
-        let chunk_size = disks::chunk_size(snapshot.manifest(), record);
+        let kind = disks::digest_kind(snapshot.manifest(), record);
         let mut path = PathBuf::new();
         let phase = Phase::Disk(record.id.clone());
         let checked = options.run.phase(phase, |control| {
             let disk = Outside::open(record, &options.disk_places, &options.allowed_disks)?;
             path.clone_from(&disk.path);
-            disks::check(record, disk, chunk_size, options.changed_disks, control)
+            disks::check(record, disk, kind, options.changed_disks, control)
         });
         let changed = "bring back the disk as it was, or go on at the guest's risk with \
                        --allow-changed-disks";

@@ -1,5 +1,7 @@
 //! Two images of the same name, chunk by chunk and page by page.
 
+use std::ops::Range;
+
 use serde::Serialize;
 use squib_devices::map::SYSTEM_AREA_SIZE;
 use squib_formats::{
@@ -81,7 +83,7 @@ pub(super) fn compare(
         (one, other) => one.or(other).map(Index::chunk_size),
     };
     let size = |index: Option<&Index>| index.map(Index::size);
-    let count = |index: Option<&Index>| index.map_or(0, |index| index.records().len() as u64);
+    let count = |index: Option<&Index>| index.map_or(0, Index::chunks);
     let longest = size(before).max(size(now)).unwrap_or(0);
     let mut found = ImageDifference {
         name,
@@ -105,52 +107,73 @@ pub(super) fn compare(
     let mut pages = Pages::open(a, b)?;
     found.changed_pages = pages.as_ref().map(|_| 0);
     let zero = zero_digest(chunk_size);
-    let digest = |index: Option<&Index>, chunk: u64| {
-        index.filter(|_| chunk < count(index)).map(|index| index.digest(chunk))
+    // The digest of a chunk, and up to where it stays the same: for ever behind the last.
+    let digest = |index: Option<&Index>, chunk: u64| match index.and_then(|i| i.digest_run(chunk)) {
+        Some((digest, count)) => (Some(digest), chunk + count),
+        None => (None, u64::MAX),
     };
-    let mut done = 0;
-    for chunk in 0..found.chunks {
-        let (was, is) = (digest(before, chunk), digest(now, chunk));
+    let (mut done, mut next) = (0, 0);
+    while next < found.chunks {
+        let ((was, until), (is, other)) = (digest(before, next), digest(now, next));
+        let run = next..until.min(other).min(found.chunks);
+        next = run.end;
         if was == is {
             continue;
         }
-        control.check()?;
-        let offset = chunk * u64::from(chunk_size);
-        let length = u64::from(chunk_size).min(longest - offset);
-        // A chunk that only one of the two images reaches differs whole.
-        let changed = match (&mut pages, was.is_some() && is.is_some()) {
-            (Some(pages), true) => Some(pages.differ(chunk)?),
-            (Some(_), false) => Some((length.div_ceil(PAGE_SIZE as u64), length)),
-            (None, _) => None,
-        };
-        found.zeroed_chunks += u64::from(is == Some(zero));
-        found.note(offset, length, changed, longest);
-        done += length;
-        control.progress.advanced(done, longest, 0);
+        // Chunks in a row that are equal in each image differ in the same way, but for the last of all, which
+        // may be shorter. Each area has its own.
+        let mut at = run.start;
+        while at < run.end {
+            control.check()?;
+            let offset = at * u64::from(chunk_size);
+            let place = area(&found.name, offset, longest);
+            let behind = (place.offset + place.length).div_ceil(chunk_size.into());
+            let mut end = behind.clamp(at + 1, run.end);
+            if end == found.chunks && end - at > 1 {
+                end -= 1;
+            }
+            let count = end - at;
+            let length = (u64::from(chunk_size) * count).min(longest - offset);
+            // A chunk that only one of the two images reaches differs whole.
+            let changed = match (&mut pages, was.is_some() && is.is_some()) {
+                (Some(pages), true) => {
+                    let (pages, bytes) = pages.differ(at)?;
+                    Some((pages * count, bytes * count))
+                }
+                (Some(_), false) => Some((length.div_ceil(PAGE_SIZE as u64), length)),
+                (None, _) => None,
+            };
+            found.zeroed_chunks += count * u64::from(is == Some(zero));
+            found.note(place, offset..offset + length, count, changed);
+            at = end;
+            done += length;
+            control.progress.advanced(done, longest, 0);
+        }
     }
     found.areas.sort_by(|a, b| b.changed_bytes.cmp(&a.changed_bytes).then(a.offset.cmp(&b.offset)));
     Ok(found)
 }
 
 impl ImageDifference {
-    /// Takes note of a chunk that differs: all of it, or `pages` of it with their bytes.
-    fn note(&mut self, offset: u64, length: u64, pages: Option<(u64, u64)>, longest: u64) {
-        let bytes = pages.map_or(length, |(_, bytes)| bytes);
+    /// Takes note of `chunks` chunks in `place` that differ, which lie at `bytes`: all of it, or so many pages and
+    /// their bytes.
+    fn note(&mut self, place: Area, bytes: Range<u64>, chunks: u64, changed: Option<(u64, u64)>) {
+        let (offset, length) = (bytes.start, bytes.end - bytes.start);
+        let bytes = changed.map_or(length, |(_, bytes)| bytes);
         let add =
-            |sum: &mut Option<u64>| *sum = sum.zip(pages).map(|(sum, (pages, _))| sum + pages);
-        self.changed_chunks += 1;
+            |sum: &mut Option<u64>| *sum = sum.zip(changed).map(|(sum, (pages, _))| sum + pages);
+        self.changed_chunks += chunks;
         self.changed_bytes += bytes;
         add(&mut self.changed_pages);
         match self.regions.last_mut() {
             Some(last) if last.offset + last.length == offset => last.length += length,
             _ => self.regions.push(Region { offset, length }),
         }
-        let place = area(&self.name, offset, longest);
         if self.areas.last().is_none_or(|last| last.offset != place.offset) {
             self.areas.push(Area { changed_pages: self.changed_pages.map(|_| 0), ..place });
         }
         if let Some(last) = self.areas.last_mut() {
-            last.changed_chunks += 1;
+            last.changed_chunks += chunks;
             last.changed_bytes += bytes;
             add(&mut last.changed_pages);
         }

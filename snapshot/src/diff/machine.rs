@@ -1,8 +1,10 @@
 //! Two machines' configurations and CPUs.
 
 use serde::Serialize;
-use squib_formats::manifest::{
-    DeterministicInfo, DiskRecord, DiskStorage, MachineInfo, Manifest, Operation,
+use squib_formats::{
+    digest::Digest,
+    image::Scheme,
+    manifest::{DeterministicInfo, DiskRecord, DiskStorage, MachineInfo, Manifest, Operation},
 };
 
 use crate::compat;
@@ -50,10 +52,17 @@ pub(super) fn compare(a: &Manifest, b: &Manifest) -> (Vec<Change>, bool) {
             differ(&format!("disk {id}: {what}"), was, is);
         }
         // Of a captured disk the image shows where the bytes differ.
-        let outside = [was, is].iter().any(|disk| disk.storage == DiskStorage::Reference);
-        if outside && was.digest != is.digest {
+        let outside = [was, is].iter().any(|disk| disk.storage != DiskStorage::Captured);
+        let (old, new) = (scheme(a, was), scheme(b, is));
+        if outside && (old, was.digest) != (new, is.digest) {
+            // Digests of two schemes cannot be compared, so the bytes are not known to be the same.
             same_bytes = false;
-            differ(&format!("disk {id}: bytes"), was.digest.to_string(), is.digest.to_string());
+            let text = |digest: Digest, scheme| match scheme {
+                _ if old == new => digest.to_string(),
+                Scheme::Chunks => format!("{digest}, of each chunk"),
+                Scheme::Runs => format!("{digest}, of runs of chunks"),
+            };
+            differ(&format!("disk {id}: bytes"), text(was.digest, old), text(is.digest, new));
         }
     }
     let order = |disks: &[DiskRecord]| {
@@ -66,6 +75,14 @@ pub(super) fn compare(a: &Manifest, b: &Manifest) -> (Vec<Change>, bool) {
         differ(&mismatch.what, mismatch.snapshot, mismatch.host);
     }
     (changes, same_bytes)
+}
+
+/// How the digest of `disk` counts chunks.
+fn scheme(manifest: &Manifest, disk: &DiskRecord) -> Scheme {
+    match disk.storage {
+        DiskStorage::Captured => manifest.scheme(),
+        DiskStorage::Reference(scheme) => scheme,
+    }
 }
 
 /// Everything but the disks, for people.
@@ -108,7 +125,7 @@ fn disk(disk: &DiskRecord) -> [(&'static str, String); 4] {
     let DiskRecord { id: _, path, size, read_only, storage, digest: _ } = disk;
     let storage = match storage {
         DiskStorage::Captured => "captured",
-        DiskStorage::Reference => "outside",
+        DiskStorage::Reference(_) => "outside",
     };
     [
         ("path", path.clone()),

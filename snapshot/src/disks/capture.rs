@@ -9,7 +9,7 @@ use squib_devices::{
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{CHUNK_SIZE, ImageOptions, ImageReader, WrittenImage, write_raw_image},
+    image::{CHUNK_SIZE, ImageOptions, ImageReader, Scheme, WrittenImage, write_raw_image},
     manifest::{DiskRecord, DiskStorage},
     publish::{ClonedFile, Staging},
 };
@@ -78,7 +78,7 @@ impl<'a> Disk<'a> {
     /// The disk as it is now, as a file of the snapshot. `None` if that cannot be, or it is not all there.
     fn clone_into(&self, staging: &Staging) -> Result<Option<ClonedFile>, FormatError> {
         let granules = &self.granules;
-        if (0..granules.count()).any(|granule| granules.is_absent(granule)) {
+        if granules.next_absent(0).is_some() {
             return Ok(None);
         }
         let name = format!("{}.raw", self.image_name());
@@ -138,13 +138,8 @@ impl FrozenDisk<'_> {
 
     /// Lets the guest write without keeping what it writes over, if there is a clone that keeps it.
     pub(crate) fn let_go(&self) {
-        if self.clone.is_none() {
-            return;
-        }
-        let (size, granule_size) = (self.frozen.size(), self.frozen.granule_size());
-        for granule in 0..size.div_ceil(granule_size) {
-            let offset = granule * granule_size;
-            self.frozen.skip(offset, (size - offset).min(granule_size) as usize);
+        if self.clone.is_some() {
+            self.frozen.skip_all();
         }
     }
 
@@ -175,7 +170,7 @@ impl FrozenDisk<'_> {
                 Ok(Some(image))
             }
             DiskMode::Reference => {
-                let found = digest_of(&disk.path, frozen, CHUNK_SIZE, control)?;
+                let found = digest_of(&disk.path, frozen, CHUNK_SIZE, Scheme::WRITTEN, control)?;
                 *digest = found.0;
                 *baseline = found.1.map(Known::Digests);
                 Ok(None)
@@ -193,7 +188,7 @@ impl FrozenDisk<'_> {
             read_only: config.read_only,
             storage: match mode {
                 DiskMode::Capture => DiskStorage::Captured,
-                DiskMode::Reference => DiskStorage::Reference,
+                DiskMode::Reference => DiskStorage::Reference(Scheme::WRITTEN),
             },
             digest: self.digest,
         }
@@ -211,8 +206,7 @@ impl FrozenDisk<'_> {
             Some(Known::Digests(digests)) => self.frozen.keep(digests),
             Some(Known::Image) => {
                 let name = self.disk.image_name();
-                let chunks = self.frozen.size().div_ceil(self.frozen.granule_size());
-                let baseline = PublishedBaseline::of_new(snapshot, id, &name, chunks);
+                let baseline = PublishedBaseline::of_new(snapshot, id, &name);
                 self.frozen.keep(Arc::new(baseline));
             }
             None => {}

@@ -24,7 +24,7 @@ use squib_formats::{
 
 pub(crate) use capture::{Disk, FrozenDisk};
 pub(crate) use outside::Outside;
-pub(crate) use restore::{CheckError, Disks, check, chunk_size};
+pub(crate) use restore::{CheckError, Disks, check, digest_kind};
 pub use restore::{DiskLoad, FinishError, finish_disks};
 pub(crate) use room::{data_bytes, free};
 

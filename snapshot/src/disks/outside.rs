@@ -166,7 +166,7 @@ mod tests {
                 path: path.to_str().unwrap().into(),
                 size: 4,
                 read_only: false,
-                storage: DiskStorage::Reference,
+                storage: DiskStorage::Reference(squib_formats::image::Scheme::Runs),
                 digest: Digest([0; 32]),
             };
             let allowed: Vec<_> = allowed.iter().map(|place| self.root.join(place)).collect();

@@ -13,13 +13,13 @@ use squib_devices::{
 };
 use squib_formats::{
     error::FormatError,
-    image::{CHUNK_SIZE, Control, ImageReader, Sink},
+    image::{CHUNK_SIZE, Control, ImageReader, Scheme, Sink},
     manifest::{DiskRecord, DiskStorage, Manifest},
 };
 use squib_vmm::machine::Machine;
 
 use super::{ChangedDisks, DiskError, Outside, create, data_bytes, digest, lock, remove, room};
-use crate::memory::{ImageBaseline, ImageOrigin, Loader};
+use crate::memory::{ImageBaseline, ImageOrigin, Loader, set_zeros};
 
 /// How captured disks come back. The guest sees the same bytes in both, and each is verified before it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -54,15 +54,18 @@ pub fn finish_disks(machine: &Machine, control: Control<'_>) -> Result<(), Finis
     let total = disks.iter().map(|disk| disk.size()).sum();
     let mut done = 0;
     for disk in disks {
-        for granule in 0..disk.count() {
+        let mut next = 0;
+        while let Some(granule) = disk.next_absent(next) {
             control.check().map_err(|_| FinishError::Cancelled)?;
             let offset = granule * disk.granule_size();
             disk.allow(offset, 1, false)?;
-            done += disk.granule_size().min(disk.size() - offset);
-            if granule % 64 == 63 || granule + 1 == disk.count() {
-                control.progress.advanced(done, total, 0);
+            if granule % 64 == 63 {
+                control.progress.advanced(done + offset, total, 0);
             }
+            next = granule + 1;
         }
+        done += disk.size();
+        control.progress.advanced(done, total, 0);
     }
     Ok(())
 }
@@ -78,11 +81,21 @@ pub(crate) enum CheckError {
     Format(#[from] FormatError),
 }
 
-/// The chunk size that the digest of the disk in `record` was taken with.
-pub(crate) fn chunk_size(manifest: &Manifest, record: &DiskRecord) -> u32 {
+/// How the digest of a disk was taken.
+#[derive(Clone, Copy)]
+pub(crate) struct DigestKind {
+    chunk_size: u32,
+    scheme: Scheme,
+}
+
+/// How the digest of the disk in `record` was taken.
+pub(crate) fn digest_kind(manifest: &Manifest, record: &DiskRecord) -> DigestKind {
     match (record.storage, manifest.image(&record.image_name())) {
-        (DiskStorage::Captured, Ok(image)) => image.chunk_size,
-        _ => CHUNK_SIZE,
+        (DiskStorage::Reference(scheme), _) => DigestKind { chunk_size: CHUNK_SIZE, scheme },
+        (DiskStorage::Captured, image) => DigestKind {
+            chunk_size: image.map_or(CHUNK_SIZE, |image| image.chunk_size),
+            scheme: manifest.scheme(),
+        },
     }
 }
 
@@ -90,11 +103,11 @@ pub(crate) fn chunk_size(manifest: &Manifest, record: &DiskRecord) -> u32 {
 pub(crate) fn check(
     record: &DiskRecord,
     disk: Outside,
-    chunk_size: u32,
+    kind: DigestKind,
     changed: ChangedDisks,
     control: Control<'_>,
 ) -> Result<(), CheckError> {
-    unchanged(record, disk, true, chunk_size, changed, control).map(|_| ())
+    unchanged(record, disk, true, kind, changed, control).map(|_| ())
 }
 
 /// The disk, locked, which is still what `record` says.
@@ -102,7 +115,7 @@ fn unchanged(
     record: &DiskRecord,
     disk: Outside,
     read_only: bool,
-    chunk_size: u32,
+    kind: DigestKind,
     changed: ChangedDisks,
     control: Control<'_>,
 ) -> Result<Arc<DiskGranules>, CheckError> {
@@ -115,8 +128,13 @@ fn unchanged(
     let granules = Arc::new(TrackedDisk::granules_of(id, file, read_only));
     // Nobody else has it yet, so it can be frozen, and nothing is ever put aside.
     let frozen = granules.freeze(0).ok_or_else(|| DiskError::Frozen { id: id.clone() })?;
-    let (found, digests) =
-        digest::digest(&path.display().to_string(), &frozen, chunk_size, control)?;
+    let (found, digests) = digest::digest(
+        &path.display().to_string(),
+        &frozen,
+        kind.chunk_size,
+        kind.scheme,
+        control,
+    )?;
     if let Some(digests) = digests {
         frozen.keep(digests);
     }
@@ -161,6 +179,7 @@ impl Disks {
         let file = create(id, path, record.size)?;
         self.made.push(path.to_owned());
         let granules = Arc::new(TrackedDisk::absent(id, file, record.chunk_size.trailing_zeros()));
+        set_zeros(&granules, image.index());
         granules.set_baseline(Arc::new(ImageBaseline(Arc::clone(image))));
         match load {
             DiskLoad::Eager => {
@@ -183,11 +202,11 @@ impl Disks {
         &mut self,
         record: &DiskRecord,
         disk: Outside,
-        chunk_size: u32,
+        kind: DigestKind,
         changed: ChangedDisks,
         control: Control<'_>,
     ) -> Result<(), CheckError> {
-        let granules = unchanged(record, disk, record.read_only, chunk_size, changed, control)?;
+        let granules = unchanged(record, disk, record.read_only, kind, changed, control)?;
         self.granules.insert(record.id.clone(), granules);
         Ok(())
     }
@@ -220,7 +239,7 @@ struct FileSink<'a> {
 }
 
 impl Sink for FileSink<'_> {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         true
     }
 

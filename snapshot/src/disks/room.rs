@@ -9,8 +9,8 @@ use super::DiskError;
 /// Bytes of an image's chunks that are not zero: what a file made of it takes.
 pub(crate) fn data_bytes(index: &Index) -> u64 {
     let zero = zero_digest(index.chunk_size());
-    let data = index.digests().filter(|digest| *digest != zero).count() as u64;
-    data.saturating_mul(index.chunk_size().into()).min(index.size())
+    let data = index.digest_runs().filter(|(_, digest)| *digest != zero);
+    data.map(|(chunks, _)| index.bytes(&chunks)).sum()
 }
 
 /// Bytes that this user can still write below `dir`.

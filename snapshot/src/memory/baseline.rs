@@ -8,7 +8,7 @@ use std::{
 use squib_devices::granules::Baseline;
 use squib_formats::{
     digest::Digest,
-    image::{ImageReader, Index},
+    image::{DigestRuns, ImageReader, Index, RECORD_LEN},
     snapshot_dir::Snapshot,
 };
 
@@ -17,13 +17,30 @@ pub(crate) struct ImageBaseline(pub(crate) Arc<ImageReader>);
 
 impl Baseline for ImageBaseline {
     fn digest(&self, granule: u64) -> Option<Digest> {
-        let index = self.0.index();
-        (granule < index.records().len() as u64).then(|| index.digest(granule))
+        self.run(granule).map(|(digest, _)| digest)
+    }
+
+    fn run(&self, granule: u64) -> Option<(Digest, u64)> {
+        self.0.index().digest_run(granule)
     }
 }
 
-/// Chunks whose digests are kept from the start: 32 MiB of digests.
-const MOST_KEPT: usize = 1 << 20;
+/// The chunks of an image or disk, by digests that are at hand.
+impl Baseline for KnownDigests {
+    fn digest(&self, granule: u64) -> Option<Digest> {
+        self.run(granule).map(|(digest, _)| digest)
+    }
+
+    fn run(&self, granule: u64) -> Option<(Digest, u64)> {
+        self.0.get(granule)
+    }
+}
+
+/// The digests of chunks.
+pub(crate) struct KnownDigests(pub(crate) DigestRuns);
+
+/// Runs of equal chunks whose digests are kept: 36 MiB.
+pub(crate) const MOST_KEPT: usize = 1 << 20;
 
 /// The chunks of an image in a snapshot that lies on the disk. Its index is read when it is first needed; if
 /// the snapshot is gone by then, or is another, nothing is known.
@@ -31,7 +48,7 @@ pub(crate) struct PublishedBaseline {
     path: PathBuf,
     id: Digest,
     image: String,
-    digests: OnceLock<Option<Vec<Digest>>>,
+    digests: OnceLock<Option<DigestRuns>>,
 }
 
 impl PublishedBaseline {
@@ -41,17 +58,21 @@ impl PublishedBaseline {
     }
 
     /// Of a snapshot that has just been written: what it knows does not depend on how long that stays, unless
-    /// the image has more chunks than can be kept.
-    pub(crate) fn of_new(path: &Path, id: Digest, image: &str, chunks: u64) -> Self {
+    /// more is in the image than can be kept.
+    pub(crate) fn of_new(path: &Path, id: Digest, image: &str) -> Self {
         let baseline = Self::new(path, id, image);
-        if chunks <= MOST_KEPT as u64 {
+        let length = Snapshot::open(&baseline.path).and_then(|snapshot| {
+            let record = snapshot.manifest().image(image)?;
+            Ok(snapshot.manifest().file(&record.index_file())?.length)
+        });
+        if length.is_ok_and(|length| length <= (MOST_KEPT * RECORD_LEN) as u64) {
             baseline.digests();
         }
         baseline
     }
 
-    fn digests(&self) -> Option<&Vec<Digest>> {
-        let read = || self.open().map(|index| index.digests().collect());
+    fn digests(&self) -> Option<&DigestRuns> {
+        let read = || self.open().map(|index| DigestRuns::of(&index));
         self.digests.get_or_init(read).as_ref()
     }
 
@@ -70,6 +91,10 @@ impl PublishedBaseline {
 
 impl Baseline for PublishedBaseline {
     fn digest(&self, granule: u64) -> Option<Digest> {
-        self.digests()?.get(usize::try_from(granule).ok()?).copied()
+        self.run(granule).map(|(digest, _)| digest)
+    }
+
+    fn run(&self, granule: u64) -> Option<(Digest, u64)> {
+        self.digests()?.get(granule)
     }
 }

@@ -34,10 +34,10 @@ impl Loader {
         first: &[u32],
     ) -> Result<Self, FormatError> {
         let sweep = Sweep::new(image)?;
-        let has_bytes = |chunk: &u64| image.index().records()[*chunk as usize] != Record::Zero;
-        let count = image.index().records().len() as u64;
+        let count = image.index().chunks();
         let first = first.iter().map(|chunk| u64::from(*chunk)).filter(|chunk| *chunk < count);
-        let order: Vec<u64> = first.chain((0..count).filter(has_bytes)).collect();
+        let data = image.index().runs().filter(|(_, record)| **record != Record::Zero);
+        let order: Vec<u64> = first.chain(data.flat_map(|(chunks, _)| chunks)).collect();
         let stop = Arc::new(AtomicBool::new(false));
         let (granules, stopped) = (Arc::clone(granules), Arc::clone(&stop));
         let load = move || {
@@ -52,11 +52,13 @@ impl Loader {
                     }
                 }
             }
-            // What is all zeros costs nothing; then nothing depends on the snapshot any more.
-            for chunk in 0..granules.count() {
+            // Of what is all zeros nothing is to be brought. Then nothing depends on the snapshot any more.
+            let mut next = 0;
+            while let Some(chunk) = granules.next_absent(next) {
                 if stopped.load(Ordering::Relaxed) || granules.prefetch(chunk, &sweep).is_err() {
                     return;
                 }
+                next = chunk + 1;
             }
         };
         let thread = thread::Builder::new().name("loader".into()).spawn(load);

@@ -5,19 +5,19 @@ mod loader;
 mod origin;
 mod template;
 
-use std::{io, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use squib_devices::{
-    granules::{Frozen, READABLE, Store},
+    granules::{Frozen, Granules, READABLE, Store},
     memory::GuestRam,
 };
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{Content, Control, ImageReader, Index, Loaded, Sink, Source, zero_digest},
+    image::{Content, Control, ImageReader, Index, Loaded, Record, Sink, Source, zero_digest},
 };
 
-pub(crate) use baseline::{ImageBaseline, PublishedBaseline};
+pub(crate) use baseline::{ImageBaseline, KnownDigests, MOST_KEPT, PublishedBaseline};
 pub(crate) use loader::Loader;
 pub(crate) use origin::ImageOrigin;
 pub use template::{CacheError, Template, TemplateCache, TemplateInfo};
@@ -51,6 +51,10 @@ impl<S: Store> Source for FrozenSource<'_, S> {
         self.frozen.read(offset, into)
     }
 
+    fn data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.frozen.data(offset, self.zero)
+    }
+
     fn known_digest(&self, offset: u64, len: usize) -> Option<Digest> {
         let digest = self.frozen.known_digest(offset, len)?;
         let chunk = offset / self.frozen.granule_size();
@@ -65,7 +69,15 @@ impl<S: Store> Source for FrozenSource<'_, S> {
 /// RAM for the image: none of it is there, and its granules are the image's chunks.
 pub(crate) fn absent_ram(image: &ImageReader) -> io::Result<GuestRam> {
     let record = image.record();
-    GuestRam::absent(record.size, record.chunk_size.trailing_zeros())
+    let ram = GuestRam::absent(record.size, record.chunk_size.trailing_zeros())?;
+    set_zeros(ram.granules(), image.index());
+    Ok(ram)
+}
+
+/// Says of new granules, which are the chunks of `index`, that those are there that are all zeros.
+pub(crate) fn set_zeros<S: Store>(granules: &Granules<S>, index: &Index) {
+    let zeros = index.runs().filter(|(_, record)| **record == Record::Zero);
+    zeros.for_each(|(chunks, _)| granules.set(chunks, READABLE));
 }
 
 /// Brings all of `ram` at once, on all cores.
@@ -83,7 +95,7 @@ pub(crate) fn load_all(
 struct RamSink<'a>(&'a GuestRam);
 
 impl Sink for RamSink<'_> {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         true
     }
 

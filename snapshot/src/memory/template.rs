@@ -401,7 +401,7 @@ fn failed_io(path: &Path, action: &'static str, source: io::Error) -> CacheError
 struct Raw<'a>(&'a File);
 
 impl Sink for Raw<'_> {
-    fn is_zero(&self, _: u64, _: usize) -> bool {
+    fn is_zero(&self, _: u64, _: u64) -> bool {
         true
     }
 

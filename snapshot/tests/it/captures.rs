@@ -11,7 +11,7 @@ use std::{
 };
 
 use squib_formats::{
-    image::{Control, ImageReader, digest_file},
+    image::{Control, ImageReader, Scheme, digest_file},
     manifest::DiskStorage,
     snapshot_dir::Snapshot,
 };
@@ -58,7 +58,7 @@ fn a_capture_holds_memory_disks_sections_and_configuration() {
     let of_file = |at: usize| digest_file(guest.disk_path(at), Control::default()).unwrap().digest;
     let [root, data] = &manifest.machine.disks[..] else { panic!() };
     assert_eq!((root.storage, root.digest), (DiskStorage::Captured, of_file(0)));
-    assert_eq!((data.storage, data.digest), (DiskStorage::Reference, of_file(1)));
+    assert_eq!((data.storage, data.digest), (DiskStorage::Reference(Scheme::Runs), of_file(1)));
     assert_eq!(Path::new(&data.path), guest.disk_path(1));
 
     let memory = ImageReader::open(&verified.snapshot, "memory").unwrap();
@@ -172,7 +172,10 @@ fn disks_go_where_they_are_told_to() {
     assert_eq!(ids, ["data"]);
     let snapshot = Snapshot::open(&path).unwrap();
     let storage = snapshot.manifest().machine.disks.iter().map(|disk| disk.storage);
-    assert_eq!(storage.collect::<Vec<_>>(), [DiskStorage::Reference, DiskStorage::Captured]);
+    assert_eq!(
+        storage.collect::<Vec<_>>(),
+        [DiskStorage::Reference(Scheme::Runs), DiskStorage::Captured]
+    );
 }
 
 #[test]

@@ -199,7 +199,7 @@ fn after_a_full_disk_the_next_difference_is_right() {
     let guest = Still::new(dir.path());
     capture(&guest, &at("a"), &options(None)).unwrap();
     work(&guest, 1);
-    for limit in [0, 600, 20_000, 49_000] {
+    for limit in [0, 600, 3000, 6000] {
         let options = CaptureOptions { limit: Some(limit), ..options(Some(at("a"))) };
         let error = capture(&guest, &at("b"), &options).unwrap_err();
         assert!(matches!(error, CaptureError::Format(FormatError::NoRoom { .. })), "{error}");

@@ -10,3 +10,4 @@ mod memory;
 mod outside;
 mod raw_disks;
 mod restores;
+mod sparse;

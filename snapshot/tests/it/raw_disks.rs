@@ -284,8 +284,8 @@ fn a_difference_to_a_snapshot_with_a_cloned_disk_stores_what_has_changed() {
     expected[4 * CHUNK + 512..][..512].fill(3);
     assert!(!is_raw(&diff) && captured_bytes(&diff) == expected);
     let index = ImageReader::open_index(&Snapshot::open(&diff).unwrap(), "disk-root").unwrap();
-    assert!(matches!(index.records()[4], Record::Patch { .. }));
-    assert!(matches!(index.records()[6], Record::Parent { .. }));
+    assert!(matches!(index.record(4), Record::Patch { .. }));
+    assert!(matches!(index.record(6), Record::Parent { .. }));
     let restored = back(dir.path(), &diff, DiskLoad::Demand).machine;
     assert!(read(&restored, 0, SIZE) == expected);
 

@@ -32,7 +32,7 @@ const FIRST_TOUCH: u64 = 512 << 20;
 pub(super) fn raw_memory(snapshot: &Path, file: &Path) -> Result<u64> {
     struct Raw(File);
     impl Sink for Raw {
-        fn is_zero(&self, _: u64, _: usize) -> bool {
+        fn is_zero(&self, _: u64, _: u64) -> bool {
             // A new file's holes are.
             true
         }

@@ -50,7 +50,7 @@ impl SoftVm {
         // is kept; `GuestRam` hands out no references to its bytes.
         let view =
             unsafe { Ram::new(ram.host_ptr(), ram.size(), ram.base(), Arc::new(ram.clone())) };
-        let (access, shift) = ram.granules().rights();
+        let (access, shift) = ram.rights();
         let view = view.with_granules(Granules { access, shift });
         let inputs = Arc::new(Inputs { vcpus: (0..vcpus).map(|_| OnceLock::new()).collect() });
         let gic = Gic::new(vcpus, Arc::clone(&inputs) as Arc<dyn CpuOutputs>);

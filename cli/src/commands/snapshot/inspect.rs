@@ -91,7 +91,7 @@ fn show(inspection: &Inspection) {
     for DiskRecord { id, path, size, read_only, storage, digest } in &machine.disks {
         let place = match storage {
             DiskStorage::Captured => "captured from",
-            DiskStorage::Reference => "stays at",
+            DiskStorage::Reference(_) => "stays at",
         };
         let read_only = if *read_only { ", read-only" } else { "" };
         line!("disk      {id}: {}{read_only}, {place} {path}", bytes(*size));

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
+    ops::Range,
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::Path,
 };
@@ -162,6 +163,10 @@ impl Store for FileDisk {
         }
         self.file.read_exact_at(into, offset)?;
         Ok(Content::Data)
+    }
+
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok(storage::next_data(&self.file, range.start, range.end))
     }
 
     fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {

@@ -197,7 +197,8 @@ fn a_difference_of_a_restored_machine_stores_what_it_wrote_and_loads_no_more_tha
         let changed = captured.memory.record.size - captured.memory.parent - captured.memory.zero;
         assert!(changed <= 8 << 16, "{name}: {changed}");
         if records {
-            assert!(untouched > 900, "{untouched}");
+            // What is all zeros is there from the start.
+            assert!(untouched > 200, "{untouched}");
             assert_eq!(absent(&restored.machine), untouched, "nothing was loaded for it");
         }
         let expected = memory(&restored.machine);
@@ -267,7 +268,7 @@ fn a_difference_after_one_that_failed_loses_nothing() {
 fn last_frame(path: &Path) -> (u64, u64) {
     let index = ImageReader::open_index(&Snapshot::open(path).unwrap(), MEMORY_IMAGE).unwrap();
     let frames = (0..).zip(index.records()).filter_map(|(chunk, record)| match record {
-        Record::Data { offset, .. } => Some((chunk, *offset)),
+        Record::Data { offset, .. } => Some((chunk, offset)),
         _ => None,
     });
     frames.max_by_key(|(_, offset)| *offset).unwrap()
@@ -287,7 +288,7 @@ fn a_damaged_chunk_ends_the_machine_that_touches_it_by_name() {
     let index = ImageReader::open_index(&Snapshot::open(&path).unwrap(), MEMORY_IMAGE).unwrap();
     // A chunk of the field, which the guest comes to only after some thousand instructions.
     let chunk = (FIELD - 0x8000_0000 + (12 << 20)) >> 16;
-    let Record::Data { offset, .. } = index.records()[chunk as usize] else { panic!("no data") };
+    let Record::Data { offset, .. } = index.record(chunk) else { panic!("no data") };
     damage(&path, offset);
     let machine = back(&path, MemoryLoad::Record).unwrap().machine;
     let ended = machine.run_until(START + 40_000).unwrap();

@@ -45,7 +45,7 @@ fn a_working_set_narrows_down_and_comes_first_in_the_file_after_optimize() {
     let index = ImageReader::open_index(&snapshot, MEMORY_IMAGE).unwrap();
     let mut at = 0;
     for chunk in set.chunks() {
-        let (offset, length) = index.records()[*chunk as usize].stored().unwrap();
+        let (offset, length) = index.record((*chunk).into()).stored().unwrap();
         assert_eq!(offset, at, "chunk {chunk} lies behind the one before");
         at += u64::from(length);
     }

@@ -56,7 +56,7 @@ impl Stage2 {
         if self.begun.load(Ordering::Acquire) {
             return Ok(());
         }
-        let (access, _) = self.ram.granules().rights();
+        let (access, _) = self.ram.rights();
         let mut wanted: Vec<_> = access
             .iter()
             .map(|access| match access.load(Ordering::Acquire) {
