@@ -103,6 +103,7 @@ const EC_SYSTEM: u32 = 0x18;
 const EC_INSTRUCTION_ABORT: u32 = 0x20;
 const EC_PC_ALIGNMENT: u32 = 0x22;
 const EC_DATA_ABORT: u32 = 0x24;
+const EC_SP_ALIGNMENT: u32 = 0x26;
 const EC_BREAKPOINT: u32 = 0x30;
 const EC_SOFTWARE_STEP: u32 = 0x32;
 const EC_WATCHPOINT: u32 = 0x34;
@@ -171,6 +172,11 @@ impl Cpu {
         self.budget -= 1;
         self.sys.far = self.pc;
         self.take_synchronous(EC_PC_ALIGNMENT, 0, self.pc);
+    }
+
+    /// A load or store at `pc` by a stack pointer that is not aligned.
+    pub(crate) fn take_sp_alignment(&mut self) {
+        self.take_synchronous(EC_SP_ALIGNMENT, 0, self.pc);
     }
 
     /// WFI at EL0 with SCTLR_EL1.nTWI clear.

@@ -4,8 +4,11 @@ use crate::{
     Exit,
     cpu::Cpu,
     debug::Watched,
-    mmu::{self, Access, FSC_ALIGNMENT, FSC_EXTERNAL, Fault, Translation},
+    mmu::{
+        self, Access, FSC_ALIGNMENT, FSC_EXTERNAL, Fault, SCTLR_A, SCTLR_SA, SCTLR_SA0, Translation,
+    },
     op::Op,
+    regs::SP,
     shared::Place,
     tlb::{PAGE_MASK, Regime},
 };
@@ -42,6 +45,24 @@ struct Unaligned<T>(T);
 
 #[cfg(target_endian = "big")]
 compile_error!("guest memory is little-endian and so must the host be");
+
+/// How much is accessed, in bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Width {
+    pub(crate) size: u64,
+    /// What the address is to be a multiple of where alignment counts: less than `size` for a pair.
+    pub(crate) align: u64,
+}
+
+impl Width {
+    const fn of<T: Scalar>() -> Self {
+        Self { size: T::SIZE, align: T::SIZE }
+    }
+
+    fn is_aligned(self, va: u64) -> bool {
+        va & (self.align - 1) == 0
+    }
+}
 
 /// A load that waits for [`Cpu::complete_mmio_read`], or an MRS for its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +122,21 @@ impl Cpu {
         access: Access,
         regime: Regime,
     ) -> Result<Translation, Fault> {
+        self.translate_aligned(va, access, regime, true)
+    }
+
+    /// As [`translate`](Self::translate) for data that may not be aligned.
+    fn translate_aligned(
+        &self,
+        va: u64,
+        access: Access,
+        regime: Regime,
+        aligned: bool,
+    ) -> Result<Translation, Fault> {
         let translation = mmu::walk(&self.sys, &self.shared.ram, va)?;
+        if !aligned && translation.is_device() {
+            return Err(Fault::Abort(FSC_ALIGNMENT));
+        }
         translation.check(&self.sys, access, regime == Regime::El0, regime == Regime::El1Pan)?;
         Ok(translation)
     }
@@ -129,10 +164,41 @@ impl Cpu {
         }
     }
 
+    /// As [`fast_read`](Self::fast_read), on pages where only aligned accesses are allowed too.
+    pub(crate) fn known_read(&self, regime: Regime, va: u64, width: Width) -> Option<*mut u8> {
+        let entry = self.tlb.data(regime, va);
+        self.known(entry.read_tag, entry.addend, va, width)
+    }
+
+    fn known_write(&self, regime: Regime, va: u64, width: Width) -> Option<*mut u8> {
+        let entry = self.tlb.data(regime, va);
+        self.known(entry.write_tag, entry.addend, va, width)
+    }
+
+    fn known(&self, tag: u64, addend: u64, va: u64, width: Width) -> Option<*mut u8> {
+        let on_page = va & !PAGE_MASK <= 0x1000 - width.size;
+        let aligned = width.is_aligned(va) && tag == self.tlb.tag_aligned(va);
+        (on_page && (aligned || tag == self.tlb.tag(va)))
+            .then_some(addend.wrapping_add(va) as *mut u8)
+    }
+
     /// Loads from RAM for `op`, which is not able to load from a device.
     #[inline(always)]
     pub(crate) fn load<T: Scalar>(&mut self, op: &Op, va: u64) -> Result<T, Stopped> {
         self.load_in(self.regime, op, va)
+    }
+
+    /// Loads two values at once, each of them aligned if it counts.
+    #[inline(always)]
+    pub(crate) fn load_pair<T: Scalar>(&mut self, op: &Op, va: u64) -> Result<T, Stopped> {
+        match self.fast_read(self.regime, va, T::SIZE) {
+            // SAFETY: as in `load_in`.
+            Some(host) => Ok(unsafe { host.cast::<Unaligned<T>>().read_volatile().0 }),
+            None => {
+                let width = Width { size: T::SIZE, align: T::SIZE / 2 };
+                self.load_slow(self.regime, op, va, width, None).map(T::from_u128)
+            }
+        }
     }
 
     #[inline(always)]
@@ -145,7 +211,7 @@ impl Cpu {
         match self.fast_read(regime, va, T::SIZE) {
             // SAFETY: a matching entry leads to RAM, and all bytes are on its page.
             Some(host) => Ok(unsafe { host.cast::<Unaligned<T>>().read_volatile().0 }),
-            None => self.load_slow(regime, op, va, T::SIZE, None).map(T::from_u128),
+            None => self.load_slow(regime, op, va, Width::of::<T>(), None).map(T::from_u128),
         }
     }
 
@@ -164,7 +230,7 @@ impl Cpu {
             Some(host) => Ok(unsafe { host.cast::<Unaligned<T>>().read_volatile().0 }),
             None => {
                 let pending = Pending { slot, size: T::SIZE as u8, extend };
-                self.load_slow(regime, op, va, T::SIZE, Some(pending)).map(T::from_u128)
+                self.load_slow(regime, op, va, Width::of::<T>(), Some(pending)).map(T::from_u128)
             }
         }
     }
@@ -173,6 +239,27 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn store<T: Scalar>(&mut self, op: &Op, va: u64, value: T) -> Result<(), Stopped> {
         self.store_in(self.regime, op, va, value, false)
+    }
+
+    /// Stores two values at once, each of them aligned if it counts.
+    #[inline(always)]
+    pub(crate) fn store_pair<T: Scalar>(
+        &mut self,
+        op: &Op,
+        va: u64,
+        value: T,
+    ) -> Result<(), Stopped> {
+        match self.fast_write(self.regime, va, T::SIZE) {
+            Some(host) => {
+                // SAFETY: as in `load_in`.
+                unsafe { host.cast::<Unaligned<T>>().write_volatile(Unaligned(value)) };
+                Ok(())
+            }
+            None => {
+                let width = Width { size: T::SIZE, align: T::SIZE / 2 };
+                self.store_slow(self.regime, op, va, width, value.to_u128(), false)
+            }
+        }
     }
 
     /// Stores for `op`; to a device too if `mmio`.
@@ -191,7 +278,7 @@ impl Cpu {
                 unsafe { host.cast::<Unaligned<T>>().write_volatile(Unaligned(value)) };
                 Ok(())
             }
-            None => self.store_slow(regime, op, va, T::SIZE, value.to_u128(), mmio),
+            None => self.store_slow(regime, op, va, Width::of::<T>(), value.to_u128(), mmio),
         }
     }
 
@@ -231,7 +318,10 @@ impl Cpu {
         if va & (size - 1) != 0 {
             return Err(self.data_fault(op, va, FSC_ALIGNMENT, true));
         }
-        let target = self.page(self.regime, op, va, Access::Write)?;
+        if let Some(host) = self.known_write(self.regime, va, Width { size, align: size }) {
+            return Ok(host);
+        }
+        let target = self.page(self.regime, op, va, Access::Write, true)?;
         self.watch(self.regime, op, va, size, kind)?;
         match target {
             Target::Ram(host) => Ok(host),
@@ -246,16 +336,22 @@ impl Cpu {
         regime: Regime,
         op: &Op,
         va: u64,
-        size: u64,
+        width: Width,
         pending: Option<Pending>,
     ) -> Result<u128, Stopped> {
+        let Width { size, .. } = width;
+        if let Some(host) = self.known_read(regime, va, width) {
+            // SAFETY: a matching entry leads to RAM, and all bytes are on its page.
+            return Ok(unsafe { read_host(host, size) });
+        }
+        let aligned = self.check_alignment(op, va, width, false)?;
         let mut bytes = [0u8; 16];
         let first = size.min(0x1000 - (va & !PAGE_MASK));
-        let target = self.page(regime, op, va, Access::Read)?;
+        let target = self.page(regime, op, va, Access::Read, aligned)?;
         self.watch(regime, op, va, size, Watched::Load)?;
         let host = match (target, pending) {
             (Target::Ram(host), _) => host,
-            (Target::Device(address), Some(_)) if va & (size - 1) == 0 => {
+            (Target::Device(address), Some(_)) if aligned => {
                 self.pending = pending;
                 self.leave_with(op, Exit::MmioRead { address, size: size as u8 });
                 return Err(Stopped);
@@ -269,7 +365,7 @@ impl Cpu {
         // SAFETY: as above, for the `first` bytes that are on the page.
         unsafe { copy(host, bytes.as_mut_ptr(), first as usize) };
         let va = va.wrapping_add(first);
-        let Target::Ram(host) = self.page(regime, op, va, Access::Read)? else {
+        let Target::Ram(host) = self.page(regime, op, va, Access::Read, aligned)? else {
             return Err(self.data_fault(op, va, FSC_EXTERNAL, false));
         };
         // SAFETY: as above, on the next page.
@@ -284,17 +380,24 @@ impl Cpu {
         regime: Regime,
         op: &Op,
         va: u64,
-        size: u64,
+        width: Width,
         value: u128,
         mmio: bool,
     ) -> Result<(), Stopped> {
+        let Width { size, .. } = width;
+        if let Some(host) = self.known_write(regime, va, width) {
+            // SAFETY: a matching entry leads to RAM, and all bytes are on its page.
+            unsafe { write_host(host, size, value) };
+            return Ok(());
+        }
+        let aligned = self.check_alignment(op, va, width, true)?;
         let bytes = value.to_le_bytes();
         let first = size.min(0x1000 - (va & !PAGE_MASK));
-        let target = self.page(regime, op, va, Access::Write)?;
+        let target = self.page(regime, op, va, Access::Write, aligned)?;
         self.watch(regime, op, va, size, Watched::Store)?;
         let host = match target {
             Target::Ram(host) => host,
-            Target::Device(address) if mmio && va & (size - 1) == 0 => {
+            Target::Device(address) if mmio && aligned => {
                 let exit = Exit::MmioWrite { address, size: size as u8, value: value as u64 };
                 self.leave_with(op, exit);
                 return Err(Stopped);
@@ -308,7 +411,7 @@ impl Cpu {
         }
         // Both pages are checked before either is written: a faulting store changes nothing.
         let va = va.wrapping_add(first);
-        let Target::Ram(second) = self.page(regime, op, va, Access::Write)? else {
+        let Target::Ram(second) = self.page(regime, op, va, Access::Write, aligned)? else {
             return Err(self.data_fault(op, va, FSC_EXTERNAL, true));
         };
         // SAFETY: `first` bytes are on the first page and the others at the start of the second.
@@ -319,6 +422,40 @@ impl Cpu {
         Ok(())
     }
 
+    /// True if `op` may not use the stack pointer as a base: it is not aligned to 16 bytes where
+    /// SCTLR_EL1 says that it must be. The exception has been taken then.
+    #[inline(always)]
+    pub(crate) fn refuse_sp(&mut self, op: &Op) -> bool {
+        self.r.x[SP as usize] & 15 != 0 && self.refuse_sp_slow(op)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refuse_sp_slow(&mut self, op: &Op) -> bool {
+        let checked = if self.pstate.el1() { SCTLR_SA } else { SCTLR_SA0 };
+        if self.sys.sctlr & checked == 0 {
+            return false;
+        }
+        self.leave_at(op);
+        self.take_sp_alignment();
+        true
+    }
+
+    /// Whether the access is aligned; a fault if it is not and SCTLR_EL1.A says that all must be.
+    fn check_alignment(
+        &mut self,
+        op: &Op,
+        va: u64,
+        width: Width,
+        write: bool,
+    ) -> Result<bool, Stopped> {
+        let aligned = width.is_aligned(va);
+        if !aligned && self.sys.sctlr & SCTLR_A != 0 {
+            return Err(self.data_fault(op, va, FSC_ALIGNMENT, write));
+        }
+        Ok(aligned)
+    }
+
     /// Translates the page of `va` for `op`, once, and remembers it if it is RAM. An exception has been
     /// taken if the access is not allowed.
     pub(crate) fn page(
@@ -327,9 +464,10 @@ impl Cpu {
         op: &Op,
         va: u64,
         access: Access,
+        aligned: bool,
     ) -> Result<Target, Stopped> {
         let write = access == Access::Write;
-        let translation = match self.translate(va, access, regime) {
+        let translation = match self.translate_aligned(va, access, regime, aligned) {
             Ok(translation) => translation,
             Err(Fault::Abort(fsc)) => return Err(self.data_fault(op, va, fsc, write)),
             Err(Fault::Withheld(address)) => return Err(self.withheld(op, address, false)),
@@ -356,7 +494,8 @@ impl Cpu {
                         )
                         .is_ok()
             };
-            self.tlb.fill_data(regime, va, host, writable, &translation);
+            let aligned = translation.is_device() || self.sys.sctlr & SCTLR_A != 0;
+            self.tlb.fill_data(regime, va, host, writable, aligned, &translation);
         }
         Ok(Target::Ram(host))
     }

@@ -41,8 +41,10 @@ pub(crate) struct Translation {
     pub(crate) size: u64,
     /// Not only for the ASID in use: nG is clear.
     pub(crate) global: bool,
-    /// AttrIndx[2:0]: index into MAIR_EL1.
-    pub(crate) attr_index: u8,
+    /// The memory type, as MAIR_EL1 encodes it.
+    pub(crate) attributes: u8,
+    /// The shareability domain, as PAR_EL1.SH encodes it.
+    pub(crate) shareability: u8,
     perms: Permissions,
     level: u32,
 }
@@ -57,6 +59,9 @@ struct Permissions {
 
 // SCTLR_EL1 fields, Arm ARM D17.2.118.
 pub(crate) const SCTLR_M: u64 = 1 << 0;
+pub(crate) const SCTLR_A: u64 = 1 << 1;
+pub(crate) const SCTLR_SA: u64 = 1 << 3;
+pub(crate) const SCTLR_SA0: u64 = 1 << 4;
 const SCTLR_WXN: u64 = 1 << 19;
 
 /// TTBRn_EL1.BADDR, with CnP left out.
@@ -69,7 +74,14 @@ const TCR_TBI1: u64 = 1 << 38;
 /// Physical address bits that are implemented (ID_AA64MMFR0_EL1.PARange = 2).
 pub(crate) const PA_BITS: u32 = 40;
 
+const OUTER_SHAREABLE: u8 = 0b10;
+
 impl Translation {
+    /// Whether data that are not aligned cannot be accessed here.
+    pub(crate) fn is_device(&self) -> bool {
+        is_device(self.attributes)
+    }
+
     /// Checks that `access` from EL0 or EL1 is allowed.
     pub(crate) fn check(
         &self,
@@ -182,6 +194,8 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
                 if descriptor & 3 == 1 && granule == 14 && level == 1 {
                     return Err(Fault::Abort(FSC_TRANSLATION | level));
                 }
+                let attributes = (sys.mair >> (8 * (descriptor >> 2 & 7))) as u8;
+                let sh = (descriptor >> 8 & 3) as u8;
                 let size = 1u64 << shift;
                 let base = next & !(size - 1);
                 if base >> PA_BITS != 0 {
@@ -194,7 +208,8 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
                     pa: base | va & (size - 1),
                     size,
                     global: descriptor >> 11 & 1 == 0,
-                    attr_index: (descriptor >> 2 & 7) as u8,
+                    attributes,
+                    shareability: if is_device(attributes) { OUTER_SHAREABLE } else { sh },
                     perms: Permissions {
                         el0: descriptor >> 6 & 1 != 0 && table_el0,
                         writable: descriptor >> 7 & 1 == 0 && !table_ro,
@@ -209,8 +224,21 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
     }
 }
 
-/// The identity, as with the MMU off.
+/// Device memory of any kind: Attr 0b0000xxxx.
+fn is_device(attributes: u8) -> bool {
+    attributes >> 4 == 0
+}
+
+/// The identity, as with the MMU off, where all data are in Device-nGnRnE memory.
 fn flat(va: u64) -> Translation {
     let perms = Permissions { el0: true, writable: true, uxn: false, pxn: false };
-    Translation { pa: va, size: 1 << PA_BITS, global: true, attr_index: 0, perms, level: 0 }
+    Translation {
+        pa: va,
+        size: 1 << PA_BITS,
+        global: true,
+        attributes: 0,
+        shareability: OUTER_SHAREABLE,
+        perms,
+        level: 0,
+    }
 }

@@ -47,7 +47,10 @@ pub(crate) struct CodeEntry {
     pub(crate) code: *mut PageCode,
 }
 
-/// Matches no address: bits 1 and 0 of a tag are never set.
+/// In the tag of an entry for aligned accesses only: the quick way, which does not look at alignment, does
+/// not find it.
+const ALIGNED_ONLY: u64 = 1;
+/// Matches no address: bit 1 of a tag is never set.
 const NO_TAG: u64 = 3;
 const NO_DATA: DataEntry = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0 };
 const NO_CODE: CodeEntry = CodeEntry { tag: NO_TAG, code: std::ptr::null_mut() };
@@ -125,18 +128,24 @@ impl Tlb {
         va & PAGE_MASK | self.generations[(va >> 63) as usize]
     }
 
+    /// The tag that an entry for `va` and aligned accesses has now.
+    pub(crate) fn tag_aligned(&self, va: u64) -> u64 {
+        self.tag(va) | ALIGNED_ONLY
+    }
+
     /// Remembers that reads, and with `writable` writes, of `va`'s page are allowed in `regime` and
-    /// that `host` is where `va` lies.
+    /// that `host` is where `va` lies; with `aligned` if they are aligned.
     pub(crate) fn fill_data(
         &mut self,
         regime: Regime,
         va: u64,
         host: *mut u8,
         writable: bool,
+        aligned: bool,
         translation: &Translation,
     ) {
         self.note(va, translation);
-        let tag = self.tag(va);
+        let tag = if aligned { self.tag_aligned(va) } else { self.tag(va) };
         let slot = &mut self.data[regime as usize][(va >> 12) as usize % DATA_ENTRIES];
         *slot = DataEntry {
             read_tag: tag,

@@ -1,4 +1,4 @@
-//! Recorded cases of single instructions on a whole vCPU at EL1 with the MMU off:
+//! Recorded cases of single instructions on a whole vCPU at EL1, in Normal memory at its physical address:
 //! `INSN name=value... -> name=value...`, in hexadecimal. Registers that are not named are zero
 //! before, and unchanged after.
 
@@ -10,7 +10,13 @@ const BASE: u64 = 0x1600_0000;
 const SIZE: usize = 5 << 20;
 /// The instruction lies behind the memory that the cases use.
 const CODE: u64 = BASE + (4 << 20);
+/// A level 1 and a level 2 table, behind the code.
+const TABLE: u64 = CODE + 0x1_0000;
 const CPACR_EL1: SysReg = SysReg::new(3, 0, 1, 0, 2);
+const SCTLR_EL1: SysReg = SysReg::new(3, 0, 1, 0, 0);
+const TTBR0_EL1: SysReg = SysReg::new(3, 0, 2, 0, 0);
+const TCR_EL1: SysReg = SysReg::new(3, 0, 2, 0, 2);
+const MAIR_EL1: SysReg = SysReg::new(3, 0, 10, 2, 0);
 
 #[repr(align(4096))]
 struct Page(#[expect(dead_code, reason = "only its size and alignment count")] [u8; 4096]);
@@ -60,9 +66,21 @@ impl Machine {
     fn fresh(&mut self) -> CpuState {
         self.cpu.start(CODE, 0);
         let mut state = self.cpu.state();
+        // Blocks of 2 MiB with AF set, those of the cases' memory for EL0 too.
+        self.write(TABLE, &(TABLE + 0x1000 | 3).to_le_bytes());
+        for at in (BASE..BASE + SIZE as u64).step_by(2 << 20) {
+            let user = if at < CODE { 1 << 6 } else { 0 };
+            let block = at | 1 << 10 | user | 1;
+            self.write(TABLE + 0x1000 + 8 * (at >> 21), &block.to_le_bytes());
+        }
         for (reg, value) in &mut state.sysregs {
-            if *reg == CPACR_EL1 {
-                *value = 3 << 20; // FPEN
+            match *reg {
+                CPACR_EL1 => *value = 3 << 20, // FPEN
+                SCTLR_EL1 => *value |= 1,      // M
+                TTBR0_EL1 => *value = TABLE,
+                TCR_EL1 => *value = 25, // T0SZ: 39 bits
+                MAIR_EL1 => *value = 0xff,
+                _ => {}
             }
         }
         state

@@ -5,7 +5,7 @@ use crate::{
     exec::{
         atomic,
         loadstore::{
-            INDEX, INDEX_SXTW, INDEX_UXTW, OFFSET, POST, PRE, Sb32, Sb64, Sh32, Sh64, Sw64,
+            BY_SP, INDEX, INDEX_SXTW, INDEX_UXTW, OFFSET, POST, PRE, Sb32, Sb64, Sh32, Sh64, Sw64,
             UNPRIVILEGED, ldp, ldp_v, ldr, ldr_literal, ldr_v, ldr_v_literal, stp, stp_v, str,
             str_v,
         },
@@ -13,6 +13,7 @@ use crate::{
         vector_mem,
     },
     op::{Exec, Op},
+    regs::SP,
 };
 
 pub(super) fn decode(insn: u32) -> Option<Op> {
@@ -35,9 +36,29 @@ macro_rules! by_mode {
             INDEX => $f::<$($t,)* INDEX>,
             INDEX_UXTW => $f::<$($t,)* INDEX_UXTW>,
             INDEX_SXTW => $f::<$($t,)* INDEX_SXTW>,
-            _ => $f::<$($t,)* UNPRIVILEGED>,
+            UNPRIVILEGED => $f::<$($t,)* UNPRIVILEGED>,
+            OFFSET_BY_SP => $f::<$($t,)* OFFSET_BY_SP>,
+            PRE_BY_SP => $f::<$($t,)* PRE_BY_SP>,
+            POST_BY_SP => $f::<$($t,)* POST_BY_SP>,
+            INDEX_BY_SP => $f::<$($t,)* INDEX_BY_SP>,
+            INDEX_UXTW_BY_SP => $f::<$($t,)* INDEX_UXTW_BY_SP>,
+            INDEX_SXTW_BY_SP => $f::<$($t,)* INDEX_SXTW_BY_SP>,
+            _ => $f::<$($t,)* UNPRIVILEGED_BY_SP>,
         }
     };
+}
+
+const OFFSET_BY_SP: u8 = OFFSET | BY_SP;
+const PRE_BY_SP: u8 = PRE | BY_SP;
+const POST_BY_SP: u8 = POST | BY_SP;
+const INDEX_BY_SP: u8 = INDEX | BY_SP;
+const INDEX_UXTW_BY_SP: u8 = INDEX_UXTW | BY_SP;
+const INDEX_SXTW_BY_SP: u8 = INDEX_SXTW | BY_SP;
+const UNPRIVILEGED_BY_SP: u8 = UNPRIVILEGED | BY_SP;
+
+/// `mode` for the base in slot `base`.
+fn by_base(mode: u8, base: u8) -> u8 {
+    if base == SP { mode | BY_SP } else { mode }
 }
 
 /// Load/store register in all forms but literal.
@@ -77,40 +98,41 @@ fn single(insn: u32) -> Option<Op> {
     };
     let mut op = op;
     op.b = or_sp(insn, 5);
+    let by = by_base(mode, op.b);
     if vector {
         op.a = field(insn, 0, 5) as u8;
         if scale > 4 {
             return None;
         }
         op.exec = match (scale, opc & 1) {
-            (0, 0) => by_mode!(mode, str_v::<u8>),
-            (1, 0) => by_mode!(mode, str_v::<u16>),
-            (2, 0) => by_mode!(mode, str_v::<u32>),
-            (3, 0) => by_mode!(mode, str_v::<u64>),
-            (_, 0) => by_mode!(mode, str_v::<u128>),
-            (0, _) => by_mode!(mode, ldr_v::<u8>),
-            (1, _) => by_mode!(mode, ldr_v::<u16>),
-            (2, _) => by_mode!(mode, ldr_v::<u32>),
-            (3, _) => by_mode!(mode, ldr_v::<u64>),
-            (_, _) => by_mode!(mode, ldr_v::<u128>),
+            (0, 0) => by_mode!(by, str_v::<u8>),
+            (1, 0) => by_mode!(by, str_v::<u16>),
+            (2, 0) => by_mode!(by, str_v::<u32>),
+            (3, 0) => by_mode!(by, str_v::<u64>),
+            (_, 0) => by_mode!(by, str_v::<u128>),
+            (0, _) => by_mode!(by, ldr_v::<u8>),
+            (1, _) => by_mode!(by, ldr_v::<u16>),
+            (2, _) => by_mode!(by, ldr_v::<u32>),
+            (3, _) => by_mode!(by, ldr_v::<u64>),
+            (_, _) => by_mode!(by, ldr_v::<u128>),
         };
         return Some(op);
     }
     op.a = if opc == 0 { source(insn, 0) } else { destination(insn, 0) };
     op.exec = match (size, opc) {
-        (0, 0) => by_mode!(mode, str::<u8>),
-        (1, 0) => by_mode!(mode, str::<u16>),
-        (2, 0) => by_mode!(mode, str::<u32>),
-        (3, 0) => by_mode!(mode, str::<u64>),
-        (0, 1) => by_mode!(mode, ldr::<u8>),
-        (1, 1) => by_mode!(mode, ldr::<u16>),
-        (2, 1) => by_mode!(mode, ldr::<u32>),
-        (3, 1) => by_mode!(mode, ldr::<u64>),
-        (0, 2) => by_mode!(mode, ldr::<Sb64>),
-        (1, 2) => by_mode!(mode, ldr::<Sh64>),
-        (2, 2) => by_mode!(mode, ldr::<Sw64>),
-        (0, 3) => by_mode!(mode, ldr::<Sb32>),
-        (1, 3) => by_mode!(mode, ldr::<Sh32>),
+        (0, 0) => by_mode!(by, str::<u8>),
+        (1, 0) => by_mode!(by, str::<u16>),
+        (2, 0) => by_mode!(by, str::<u32>),
+        (3, 0) => by_mode!(by, str::<u64>),
+        (0, 1) => by_mode!(by, ldr::<u8>),
+        (1, 1) => by_mode!(by, ldr::<u16>),
+        (2, 1) => by_mode!(by, ldr::<u32>),
+        (3, 1) => by_mode!(by, ldr::<u64>),
+        (0, 2) => by_mode!(by, ldr::<Sb64>),
+        (1, 2) => by_mode!(by, ldr::<Sh64>),
+        (2, 2) => by_mode!(by, ldr::<Sw64>),
+        (0, 3) => by_mode!(by, ldr::<Sb32>),
+        (1, 3) => by_mode!(by, ldr::<Sh32>),
         // PRFM has no write-back and no unprivileged form.
         (3, 2) if !matches!(mode, PRE | POST | UNPRIVILEGED) => nop,
         _ => return None,
@@ -157,10 +179,13 @@ fn pair(insn: u32) -> Option<Op> {
     let base = or_sp(insn, 5);
     macro_rules! of_mode {
         ($f:ident::<$($t:tt),*>) => {
-            match mode {
+            match by_base(mode, base) {
                 OFFSET => $f::<$($t,)* OFFSET> as Exec,
                 PRE => $f::<$($t,)* PRE>,
-                _ => $f::<$($t,)* POST>,
+                POST => $f::<$($t,)* POST>,
+                OFFSET_BY_SP => $f::<$($t,)* OFFSET_BY_SP>,
+                PRE_BY_SP => $f::<$($t,)* PRE_BY_SP>,
+                _ => $f::<$($t,)* POST_BY_SP>,
             }
         };
     }

@@ -15,7 +15,9 @@ use crate::{
     cpu::{Cpu, Exclusive},
     debug::Watched,
     exec::loadstore::Loaded,
+    mem::Width,
     op::Op,
+    regs::SP,
 };
 
 /// An integer with an atomic of its size.
@@ -93,6 +95,9 @@ const LDUMIN: u8 = 7;
 pub(crate) unsafe fn lse<T: Atomic, const OP: u8>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let Ok(host) = cpu.atomic(o, cpu.r.x[o.b as usize], T::SIZE) else { return ptr::null() };
     let operand = T::from_u128(u128::from(cpu.r.x[o.c as usize]));
     let wide = operand.widen();
@@ -144,6 +149,9 @@ pub(crate) unsafe fn lse<T: Atomic, const OP: u8>(cpu: &mut Cpu, op: *const Op) 
 pub(crate) unsafe fn swp<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let Ok(host) = cpu.atomic(o, cpu.r.x[o.b as usize], T::SIZE) else { return ptr::null() };
     let new = T::from_u128(u128::from(cpu.r.x[o.c as usize]));
     // SAFETY: `atomic` gives aligned RAM.
@@ -156,6 +164,9 @@ pub(crate) unsafe fn swp<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op {
 pub(crate) unsafe fn cas<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let Ok(host) = cpu.atomic(o, cpu.r.x[o.b as usize], T::SIZE) else { return ptr::null() };
     let old = T::from_u128(u128::from(cpu.r.x[o.c as usize]));
     let new = T::from_u128(u128::from(cpu.r.x[o.d as usize]));
@@ -169,6 +180,9 @@ pub(crate) unsafe fn cas<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op {
 pub(crate) unsafe fn casp<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let size = if WIDE { 16 } else { 8 };
     let Ok(host) = cpu.atomic(o, cpu.r.x[o.b as usize], size) else { return ptr::null() };
     let pair = |r: &crate::regs::Regs, n: u8| {
@@ -197,6 +211,9 @@ pub(crate) unsafe fn casp<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *co
 pub(crate) unsafe fn ldar<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let at = cpu.r.x[o.b as usize];
     if at & (T::SIZE - 1) != 0 {
         cpu.data_fault(o, at, crate::mmu::FSC_ALIGNMENT, false);
@@ -216,6 +233,9 @@ pub(crate) unsafe fn ldar<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op 
 pub(crate) unsafe fn stlr<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let at = cpu.r.x[o.b as usize];
     if at & (T::SIZE - 1) != 0 {
         cpu.data_fault(o, at, crate::mmu::FSC_ALIGNMENT, true);
@@ -236,6 +256,9 @@ pub(crate) unsafe fn stlr<T: Atomic>(cpu: &mut Cpu, op: *const Op) -> *const Op 
 pub(crate) unsafe fn ldxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let at = cpu.r.x[o.b as usize];
     let size = if PAIR { o.d * 2 } else { o.d };
     if at & u64::from(size - 1) != 0 {
@@ -249,7 +272,7 @@ pub(crate) unsafe fn ldxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *co
         8 => cpu.load::<u64>(o, at).map(u128::from),
         // Both halves must be seen at once.
         _ => cpu.load::<u128>(o, at).map(|value| {
-            match cpu.fast_read(cpu.regime, at, 16) {
+            match cpu.known_read(cpu.regime, at, Width { size: 16, align: 16 }) {
                 // SAFETY: aligned RAM, as the check above and a matching entry say.
                 Some(host) => unsafe { AtomicU128::from_ptr(host.cast()) }.load(Ordering::SeqCst),
                 None => value,
@@ -276,6 +299,9 @@ pub(crate) unsafe fn ldxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *co
 pub(crate) unsafe fn stxr<const PAIR: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if o.b == SP && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let at = cpu.r.x[o.b as usize];
     let size = if PAIR { o.d * 2 } else { o.d };
     let Ok(host) = cpu.atomic_in(o, at, u64::from(size), Watched::Store) else {

@@ -5,6 +5,7 @@ use std::ptr;
 use crate::{
     cpu::Cpu,
     mem::{Extend, Scalar, Stopped},
+    mmu::Access,
     op::Op,
     regs::Regs,
     tlb::Regime,
@@ -25,28 +26,31 @@ pub(crate) const INDEX_SXTW: u8 = 5;
 /// Address: slot `b` plus `imm`, with the permissions of EL0.
 pub(crate) const UNPRIVILEGED: u8 = 6;
 
+/// In a mode: slot `b` is the stack pointer, whose alignment is checked (Arm ARM, CheckSPAlignment).
+pub(crate) const BY_SP: u8 = 8;
+
 /// Address of the access and, for PRE and POST, what slot `b` becomes.
 #[inline(always)]
 fn address<const MODE: u8>(r: &Regs, o: &Op) -> (u64, u64) {
     let base = r.x[o.b as usize];
     let index = r.x[o.c as usize];
-    let moved = match MODE {
+    let moved = match MODE & !BY_SP {
         INDEX => base.wrapping_add(index << (o.d & 7)),
         INDEX_UXTW => base.wrapping_add(u64::from(index as u32) << (o.d & 7)),
         INDEX_SXTW => base.wrapping_add((index as i32 as u64) << (o.d & 7)),
         _ => base.wrapping_add(o.imm),
     };
-    (if MODE == POST { base } else { moved }, moved)
+    (if MODE & !BY_SP == POST { base } else { moved }, moved)
 }
 
 #[inline(always)]
 const fn writes_back(mode: u8) -> bool {
-    matches!(mode, PRE | POST)
+    matches!(mode & !BY_SP, PRE | POST)
 }
 
 #[inline(always)]
 fn regime<const MODE: u8>(cpu: &Cpu) -> Regime {
-    if MODE == UNPRIVILEGED { Regime::El0 } else { cpu.regime }
+    if MODE & !BY_SP == UNPRIVILEGED { Regime::El0 } else { cpu.regime }
 }
 
 /// A type as it is loaded: with or without sign, into 32 or 64 bits.
@@ -104,6 +108,9 @@ sign_loaded! {
 pub(crate) unsafe fn ldr<T: Loaded, const MODE: u8>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let regime = regime::<MODE>(cpu);
     // With write-back the syndrome of a device access would not describe it (ISV clear).
@@ -125,6 +132,9 @@ pub(crate) unsafe fn ldr<T: Loaded, const MODE: u8>(cpu: &mut Cpu, op: *const Op
 pub(crate) unsafe fn str<T: Loaded, const MODE: u8>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let value = T::from_u128(u128::from(cpu.r.x[o.a as usize]));
     let regime = regime::<MODE>(cpu);
@@ -156,11 +166,14 @@ pub(crate) unsafe fn ldp<const WIDE: bool, const SIGNED: bool, const MODE: u8>(
 ) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let pair = if WIDE {
-        cpu.load::<u128>(o, at).map(|both| (both as u64, (both >> 64) as u64))
+        cpu.load_pair::<u128>(o, at).map(|both| (both as u64, (both >> 64) as u64))
     } else {
-        cpu.load::<u64>(o, at).map(|both| {
+        cpu.load_pair::<u64>(o, at).map(|both| {
             let (low, high) = (both as u32, (both >> 32) as u32);
             if SIGNED {
                 (low as i32 as u64, high as i32 as u64)
@@ -186,12 +199,15 @@ pub(crate) unsafe fn stp<const WIDE: bool, const MODE: u8>(
 ) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let (first, second) = (cpu.r.x[o.a as usize], cpu.r.x[o.c as usize]);
     let stored = if WIDE {
-        cpu.store(o, at, u128::from(second) << 64 | u128::from(first))
+        cpu.store_pair(o, at, u128::from(second) << 64 | u128::from(first))
     } else {
-        cpu.store(o, at, second << 32 | first & 0xffff_ffff)
+        cpu.store_pair(o, at, second << 32 | first & 0xffff_ffff)
     };
     if stored.is_err() {
         return ptr::null();
@@ -210,6 +226,9 @@ pub(crate) unsafe fn ldr_v<T: Scalar, const MODE: u8>(cpu: &mut Cpu, op: *const 
     if cpu.fp_trap {
         return cpu.op_fp_trap(o);
     }
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let Ok(value) = cpu.load::<T>(o, at) else { return ptr::null() };
     if writes_back(MODE) {
@@ -226,6 +245,9 @@ pub(crate) unsafe fn str_v<T: Scalar, const MODE: u8>(cpu: &mut Cpu, op: *const 
     let o = unsafe { &*op };
     if cpu.fp_trap {
         return cpu.op_fp_trap(o);
+    }
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
     }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let value = T::from_u128(cpu.r.v[(o.a & 31) as usize]);
@@ -260,6 +282,9 @@ pub(crate) unsafe fn ldp_v<T: Scalar, const MODE: u8>(cpu: &mut Cpu, op: *const 
     if cpu.fp_trap {
         return cpu.op_fp_trap(o);
     }
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let Ok(first) = cpu.load::<T>(o, at) else { return ptr::null() };
     let Ok(second) = cpu.load::<T>(o, at.wrapping_add(T::SIZE)) else { return ptr::null() };
@@ -279,6 +304,9 @@ pub(crate) unsafe fn stp_v<T: Scalar, const MODE: u8>(cpu: &mut Cpu, op: *const 
     if cpu.fp_trap {
         return cpu.op_fp_trap(o);
     }
+    if MODE & BY_SP != 0 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (at, moved) = address::<MODE>(&cpu.r, o);
     let first = T::from_u128(cpu.r.v[(o.a & 31) as usize]);
     let second = T::from_u128(cpu.r.v[(o.c & 31) as usize]);
@@ -294,11 +322,21 @@ pub(crate) unsafe fn stp_v<T: Scalar, const MODE: u8>(cpu: &mut Cpu, op: *const 
     unsafe { op.add(1) }
 }
 
+/// Bytes that DC ZVA writes (DCZID_EL0.BS).
+const ZVA_BLOCK: u64 = 64;
+
 /// DC ZVA: zeroes the 64-byte block that holds the address in slot `b`.
 pub(crate) unsafe fn dc_zva(cpu: &mut Cpu, op: *const Op) -> *const Op {
     // SAFETY: `Exec`'s contract.
     let o = unsafe { &*op };
-    let at = cpu.r.x[o.b as usize] & !63;
+    let va = cpu.r.x[o.b as usize];
+    let at = va & !(ZVA_BLOCK - 1);
+    // In Device memory it is an access that is not aligned.
+    if cpu.fast_write(cpu.regime, at, ZVA_BLOCK).is_none()
+        && cpu.page(cpu.regime, o, va, Access::Write, false).is_err()
+    {
+        return ptr::null();
+    }
     for n in 0..4 {
         if cpu.store(o, at.wrapping_add(16 * n), 0u128).is_err() {
             return ptr::null();

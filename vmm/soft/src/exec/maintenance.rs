@@ -12,7 +12,7 @@ use crate::{
     cpu::Cpu,
     debug::Watched,
     mem::Stopped,
-    mmu::{self, Access, Fault},
+    mmu::{self, Access, Fault, Translation},
     op::Op,
     shared::Maintenance,
     tlb::Regime,
@@ -200,8 +200,11 @@ impl Cpu {
         let regime = if el0 { Regime::El0 } else { Regime::El1 };
         self.sys.par = match self.translate(va, access, regime) {
             Ok(translation) => {
-                let attr = self.sys.mair >> (8 * u32::from(translation.attr_index)) & 0xff;
-                attr << 56 | 1 << 11 | 2 << 7 | translation.pa & 0x000f_ffff_ffff_f000
+                let Translation { pa, attributes, shareability, .. } = translation;
+                u64::from(attributes) << 56
+                    | 1 << 11
+                    | u64::from(shareability) << 7
+                    | pa & 0x000f_ffff_ffff_f000
             }
             Err(Fault::Abort(fsc)) => 1 << 11 | u64::from(fsc) << 1 | 1,
             Err(Fault::Withheld(address)) => return Err(self.withheld(o, address, false)),

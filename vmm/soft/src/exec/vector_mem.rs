@@ -18,6 +18,9 @@ pub(crate) unsafe fn multiple(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return cpu.op_fp_trap(o);
     }
     let insn = o.insn();
+    if insn >> 5 & 31 == 31 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (q, load) = (insn >> 30 & 1, insn >> 22 & 1 != 0);
     let size = insn >> 10 & 3;
     let (rpt, selem) = match insn >> 12 & 15 {
@@ -66,6 +69,9 @@ pub(crate) unsafe fn single(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return cpu.op_fp_trap(o);
     }
     let insn = o.insn();
+    if insn >> 5 & 31 == 31 && cpu.refuse_sp(o) {
+        return ptr::null();
+    }
     let (q, load) = (insn >> 30 & 1, insn >> 22 & 1 != 0);
     let (s, size) = (insn >> 12 & 1, insn >> 10 & 3);
     let opcode = insn >> 13 & 7;

@@ -115,13 +115,16 @@ impl<'a> Tables<'a> {
             0xd518_2040, // msr tcr_el1, x0
             0xd518_2001, // msr ttbr0_el1, x1
             0xd518_c002, // msr vbar_el1, x2
+            0xd518_a21c, // msr mair_el1, x28
             0xd518_1003, // msr sctlr_el1, x3
             0xd503_3fdf, // isb
             0xd61f_0120, // br x9
         ];
         self.machine.write(BASE, &code);
         let mut cpu = self.machine.cpu(0);
-        for (n, value) in [(0, tcr), (1, self.root), (2, BASE + 0x8000), (3, 0x30d0_0801)] {
+        // Attr0 is Normal memory, Attr1 and the others are Device-nGnRnE.
+        let (vectors, sctlr, mair) = (BASE + 0x8000, 0x30d0_0801, 0xff);
+        for (n, value) in [(0, tcr), (1, self.root), (2, vectors), (3, sctlr), (28, mair)] {
             cpu.set_x(n, value);
         }
         cpu
