@@ -28,6 +28,8 @@ const UART: u64 = 0x0900_0000;
 const SCTLR_OFF: u64 = 0x30D0_0800;
 const SCTLR_ON: u64 = SCTLR_OFF | 1;
 const AF: u64 = 1 << 10;
+/// Attr0, which the program has, is Normal memory; then Device, not cached, and write-through.
+const MAIR: u64 = 0xBB_44_0C_08_04_00_FF;
 
 /// AT operations for each address.
 const KINDS: [&str; 4] = ["S1E1R", "S1E1W", "S1E0R", "S1E0W"];
@@ -65,7 +67,7 @@ impl Tables {
         let tg1 = if sixteen[1] { 1 } else { 2 };
         let tbi = u64::from(rng.below(4)) << 37;
         let tcr = u64::from(tsz[0]) | u64::from(tsz[1]) << 16 | tg0 << 14 | tg1 << 30 | tbi
-            | 2 << 32 // 40-bit physical addresses
+            | u64::from(rng.below(3)) << 32 // 32-, 36- or 40-bit physical addresses
             | if rng.one_in(8) { 1 << 23 } else { 0 }; // EPD1
         let mut tables = Self {
             tcr,
@@ -162,7 +164,7 @@ impl Tables {
             Segment { address, flags: 7, bytes, size }
         };
         let count = self.addresses.len() as u64;
-        let parameters = [self.ttbr[0], self.ttbr[1], self.tcr, 0xFF, SCTLR_ON, count];
+        let parameters = [self.ttbr[0], self.ttbr[1], self.tcr, MAIR, SCTLR_ON, count];
         vec![
             segment(CODE, program(count).iter().flat_map(|word| word.to_le_bytes()).collect()),
             segment(PARAMETERS, bytes(&parameters)),
@@ -185,8 +187,9 @@ impl Tables {
         let actual = self.here()?;
         let mut mismatches = Vec::new();
         for (n, (expected, actual)) in expected.into_iter().zip(actual).enumerate() {
-            // F and the fault, or the address; attributes and shareability are not compared.
-            let significant = |par: u64| par & if par & 1 != 0 { 0x7F } else { 0xFFFF_FFFF_F001 };
+            // F and the fault, or the address with attributes and shareability.
+            let significant =
+                |par: u64| par & if par & 1 != 0 { 0x7F } else { 0xFF00_FFFF_FFFF_F181 };
             if significant(expected) != significant(actual) {
                 let (address, kind) = (self.addresses[n / 4], KINDS[n % 4]);
                 mismatches.push(Mismatch { address, kind, tcr: self.tcr, expected, actual });

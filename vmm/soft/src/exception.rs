@@ -298,6 +298,7 @@ impl Cpu {
             // An illegal return: the mode stays, and the next instruction takes the exception.
             None => {
                 self.pstate.il = true;
+                self.pstate.pan = spsr & SPSR_PAN != 0;
                 self.pstate.daif = spsr & SPSR_DAIF;
             }
         }

@@ -155,6 +155,12 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
         return Err(Fault::Abort(FSC_TRANSLATION));
     }
 
+    // TCR_EL1.IPS may say less than PARange; the values above mean more.
+    let pa_bits = match tcr >> 32 & 7 {
+        0 => 32,
+        1 => 36,
+        _ => PA_BITS,
+    };
     let stride = granule - 3;
     let levels = (va_bits - granule).div_ceil(stride);
     let mut level = 4 - levels;
@@ -167,7 +173,7 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
         let shift = granule + stride * (3 - level);
         let index = va >> shift & ((1 << index_bits) - 1);
         let address = table + index * 8;
-        if table >> PA_BITS != 0 {
+        if table >> pa_bits != 0 {
             let level = if level == 4 - levels { 0 } else { level };
             return Err(Fault::Abort(FSC_ADDRESS_SIZE | level));
         }
@@ -195,10 +201,14 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
                     return Err(Fault::Abort(FSC_TRANSLATION | level));
                 }
                 let attributes = (sys.mair >> (8 * (descriptor >> 2 & 7))) as u8;
-                let sh = (descriptor >> 8 & 3) as u8;
+                let shareability = if is_device(attributes) || attributes == NON_CACHEABLE {
+                    OUTER_SHAREABLE
+                } else {
+                    (descriptor >> 8 & 3) as u8
+                };
                 let size = 1u64 << shift;
                 let base = next & !(size - 1);
-                if base >> PA_BITS != 0 {
+                if base >> pa_bits != 0 {
                     return Err(Fault::Abort(FSC_ADDRESS_SIZE | level));
                 }
                 if descriptor >> 10 & 1 == 0 {
@@ -209,7 +219,7 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
                     size,
                     global: descriptor >> 11 & 1 == 0,
                     attributes,
-                    shareability: if is_device(attributes) { OUTER_SHAREABLE } else { sh },
+                    shareability,
                     perms: Permissions {
                         el0: descriptor >> 6 & 1 != 0 && table_el0,
                         writable: descriptor >> 7 & 1 == 0 && !table_ro,
@@ -228,6 +238,9 @@ pub(crate) fn walk(sys: &Sys, ram: &Ram, va: u64) -> Result<Translation, Fault> 
 fn is_device(attributes: u8) -> bool {
     attributes >> 4 == 0
 }
+
+/// Normal memory that is not cached anywhere.
+const NON_CACHEABLE: u8 = 0x44;
 
 /// The identity, as with the MMU off, where all data are in Device-nGnRnE memory.
 fn flat(va: u64) -> Translation {

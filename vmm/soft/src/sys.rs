@@ -27,6 +27,9 @@ encodings! {
     DBGCLAIMCLR_EL1 = (2, 0, 7, 9, 6);
     DBGAUTHSTATUS_EL1 = (2, 0, 7, 14, 6);
     MDCCSR_EL0 = (2, 3, 0, 1, 0);
+    DBGDTR_EL0 = (2, 3, 0, 4, 0);
+    // DBGDTRRX_EL0 for reads, DBGDTRTX_EL0 for writes.
+    DBGDTRXX_EL0 = (2, 3, 0, 5, 0);
     MIDR_EL1 = (3, 0, 0, 0, 0);
     MPIDR_EL1 = (3, 0, 0, 0, 5);
     REVIDR_EL1 = (3, 0, 0, 0, 6);
@@ -312,8 +315,9 @@ impl Sys {
             DBGCLAIMCLR_EL1 => self.dbgclaim,
             // Separate caches of 32 KiB, 4 ways, 64-byte lines.
             CCSIDR_EL1 => 127 << 13 | 3 << 3 | 2,
+            // There is no external debugger: nothing ever comes through the channel to it.
             DBGPRCR_EL1 | DBGAUTHSTATUS_EL1 | MDRAR_EL1 | RVBAR_EL1 | MDCCSR_EL0 | OSDTRRX_EL1
-            | OSDTRTX_EL1 => 0,
+            | OSDTRTX_EL1 | DBGDTR_EL0 | DBGDTRXX_EL0 => 0,
             _ => return None,
         })
     }
@@ -330,7 +334,7 @@ impl Sys {
             return true;
         }
         match reg {
-            ACTLR_EL1 | DBGPRCR_EL1 | OSDTRRX_EL1 | OSDTRTX_EL1 => {}
+            ACTLR_EL1 | DBGPRCR_EL1 | OSDTRRX_EL1 | OSDTRTX_EL1 | DBGDTR_EL0 | DBGDTRXX_EL0 => {}
             SPSR_EL1 => self.spsr = value & 0xffff_ffff,
             ELR_EL1 => self.elr = value,
             AFSR0_EL1 => self.afsr0 = value,
@@ -374,6 +378,9 @@ pub fn id_registers() -> Vec<(SysReg, u64)> {
     IDS.to_vec()
 }
 
+/// DCZID_EL0 where DC ZVA is allowed.
+pub(crate) const DCZID: u64 = 4;
+
 const IDS: [(SysReg, u64); 11] = [
     // Implementer 0 (software), architecture by ID registers, part 0x5B1.
     (MIDR_EL1, 0x000F_5B10),
@@ -395,7 +402,7 @@ const IDS: [(SysReg, u64); 11] = [
     // without cleaning; DIC clear: IC IVAU is needed.
     (CTR_EL0, 1 << 31 | 1 << 28 | 4 << 24 | 4 << 20 | 4 << 16 | 3 << 14 | 4),
     // DC ZVA writes 64 bytes.
-    (DCZID_EL0, 4),
+    (DCZID_EL0, DCZID),
 ];
 
 /// An identification register's value. The unallocated ones of their space read as zero

@@ -11,6 +11,7 @@ use std::{
 use crate::{
     cpu::Cpu,
     debug::Watched,
+    exec::system::SCTLR_DZE,
     mem::Stopped,
     mmu::{self, Access, Fault, Translation},
     op::Op,
@@ -19,7 +20,6 @@ use crate::{
 };
 
 // SCTLR_EL1 fields that open instructions to EL0 (Arm ARM D17.2.118).
-const SCTLR_DZE: u64 = 1 << 14;
 const SCTLR_UCI: u64 = 1 << 26;
 
 /// DSB: also waits until the other vCPUs have carried out this one's maintenance.

@@ -18,8 +18,13 @@ use crate::{
 
 // SCTLR_EL1 fields that open instructions to EL0 (Arm ARM D17.2.118).
 const SCTLR_UMA: u64 = 1 << 9;
+pub(super) const SCTLR_DZE: u64 = 1 << 14;
 const SCTLR_UCT: u64 = 1 << 15;
 const SCTLR_NTWI: u64 = 1 << 16;
+/// MDSCR_EL1.TDCC: EL0 has no access to the debug communications channel.
+const MDSCR_TDCC: u64 = 1 << 12;
+/// DCZID_EL0.DZP: DC ZVA is prohibited.
+const DCZID_DZP: u64 = 1 << 4;
 // CNTKCTL_EL1 fields.
 const CNTKCTL_EL0PCTEN: u64 = 1 << 0;
 const CNTKCTL_EL0VCTEN: u64 = 1 << 1;
@@ -50,6 +55,10 @@ pub(crate) unsafe fn mrs(cpu: &mut Cpu, op: *const Op) -> *const Op {
         sys::FPCR => u64::from(cpu.r.fpcr),
         sys::FPSR => u64::from(cpu.r.fpsr),
         sys::MPIDR_EL1 => cpu.mpidr,
+        sys::DCZID_EL0 => {
+            let prohibited = !cpu.pstate.el1() && cpu.sys.sctlr & SCTLR_DZE == 0;
+            sys::DCZID | if prohibited { DCZID_DZP } else { 0 }
+        }
         sys::ISR_EL1 => {
             let bits = cpu.signals.bits();
             u64::from(bits & IRQ != 0) << 7 | u64::from(bits & FIQ != 0) << 6
@@ -414,12 +423,14 @@ impl Cpu {
 
     /// Whether EL0 may not use `reg`, and the exception it then takes.
     fn refuse_el0(&mut self, o: &Op, reg: SysReg, direction: u32) -> Option<*const Op> {
-        let Sys { sctlr, cntkctl, .. } = self.sys;
+        let Sys { sctlr, cntkctl, mdscr, .. } = self.sys;
         let read = direction == ISS_READ;
         let open = match reg {
             sys::NZCV | sys::FPCR | sys::FPSR | sys::TPIDR_EL0 => true,
             sys::TPIDRRO_EL0 | sys::DCZID_EL0 if read => true,
             sys::DAIF => sctlr & SCTLR_UMA != 0,
+            sys::MDCCSR_EL0 if read => mdscr & MDSCR_TDCC == 0,
+            sys::DBGDTR_EL0 | sys::DBGDTRXX_EL0 => mdscr & MDSCR_TDCC == 0,
             sys::CTR_EL0 if read => sctlr & SCTLR_UCT != 0,
             sys::CNTFRQ_EL0 if read => cntkctl & (CNTKCTL_EL0PCTEN | CNTKCTL_EL0VCTEN) != 0,
             sys::CNTPCT_EL0 if read => cntkctl & CNTKCTL_EL0PCTEN != 0,

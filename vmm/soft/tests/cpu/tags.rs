@@ -177,11 +177,11 @@ proptest! {
         let second = match change {
             Change::OtherProcess => {
                 let root = tables[1].root;
-                Visit { tag: tags[1], asid: 2, lower: root, upper: root, ..first }
+                Visit { tag: tags[1], asid: 0x101, lower: root, upper: root, ..first }
             }
             Change::FreshAsid => {
                 tables[0].map(va, PAGES[1], page);
-                Visit { tag: tags[1], asid: 2, ..first }
+                Visit { tag: tags[1], asid: 0x101, ..first }
             }
             Change::Tlbi(tlbi) => {
                 tables[0].map(va, PAGES[1], page);
