@@ -187,9 +187,13 @@ impl Tables {
         let actual = self.here()?;
         let mut mismatches = Vec::new();
         for (n, (expected, actual)) in expected.into_iter().zip(actual).enumerate() {
-            // F and the fault, or the address with attributes and shareability.
-            let significant =
-                |par: u64| par & if par & 1 != 0 { 0x7F } else { 0xFF00_FFFF_FFFF_F181 };
+            // F and the fault, or the address with attributes and shareability. QEMU before 8 has the
+            // descriptor's shareability where there is only one (Device and Normal, not cached).
+            let significant = |par: u64| match par >> 56 {
+                _ if par & 1 != 0 => par & 0x7F,
+                0..=0x0F | 0x44 => par & 0xFF00_FFFF_FFFF_F001,
+                _ => par & 0xFF00_FFFF_FFFF_F181,
+            };
             if significant(expected) != significant(actual) {
                 let (address, kind) = (self.addresses[n / 4], KINDS[n % 4]);
                 mismatches.push(Mismatch { address, kind, tcr: self.tcr, expected, actual });
