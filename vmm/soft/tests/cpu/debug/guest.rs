@@ -2,7 +2,7 @@
 
 use squib_soft::{Counter, Cpu, Exit, SysReg};
 
-use crate::common::{BASE, Machine};
+use crate::common::{BASE, Machine, READ_ONLY, Tables, USER, VALID_PAGE};
 
 pub(super) const MDSCR_EL1: SysReg = SysReg::new(2, 0, 0, 2, 2);
 pub(super) const OSLSR_EL1: SysReg = SysReg::new(2, 0, 1, 1, 4);
@@ -14,6 +14,7 @@ pub(super) const SPSR_EL1: SysReg = SysReg::new(3, 0, 4, 0, 0);
 pub(super) const ELR_EL1: SysReg = SysReg::new(3, 0, 4, 0, 1);
 pub(super) const ESR_EL1: SysReg = SysReg::new(3, 0, 5, 2, 0);
 pub(super) const FAR_EL1: SysReg = SysReg::new(3, 0, 6, 0, 0);
+const MAIR_EL1: SysReg = SysReg::new(3, 0, 10, 2, 0);
 pub(super) const VBAR_EL1: SysReg = SysReg::new(3, 0, 12, 0, 0);
 pub(super) const CPACR_EL1: SysReg = SysReg::new(3, 0, 1, 0, 2);
 pub(super) const CONTEXTIDR_EL1: SysReg = SysReg::new(3, 0, 13, 0, 1);
@@ -109,6 +110,25 @@ impl Guest {
         let mut guest = Self { machine, cpu };
         guest.set(&[(VBAR_EL1, VECTORS), (OSLSR_EL1, 8), (CPACR_EL1, 3 << 20)]);
         guest
+    }
+
+    /// Turns the MMU on, so that data need not be aligned: [`CODE`] and [`DATA`] with its neighbours are
+    /// EL0's.
+    pub(super) fn use_normal_memory(&mut self) {
+        let (tcr, root) = {
+            let mut tables = Tables::new(&self.machine, 12);
+            for page in [BASE, ERET, VECTORS] {
+                tables.map(page, page, VALID_PAGE);
+            }
+            tables.map(CODE, CODE, VALID_PAGE | USER | READ_ONLY);
+            for page in [DATA - 0x1000, DATA, DATA + 0x1000] {
+                tables.map(page, page, VALID_PAGE | USER);
+            }
+            (tables.tcr() | 1 << 23, tables.root)
+        };
+        let sctlr = self.get(SCTLR_EL1) | 1;
+        let on = [(MAIR_EL1, 0xff), (TCR_EL1, tcr), (TTBR0_EL1, root), (SCTLR_EL1, sctlr)];
+        self.set(&on);
     }
 
     pub(super) fn get(&mut self, reg: SysReg) -> u64 {

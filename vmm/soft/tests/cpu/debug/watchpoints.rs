@@ -34,6 +34,7 @@ fn watching(word: u32, registers: &[(SysReg, u64)]) -> Guest {
 /// The watched address of the exception that `word` at EL0 takes, with x2 as `at`; `None` if it takes none.
 fn met(word: u32, at: u64, value: u64, control: u64) -> Option<(u64, bool)> {
     let mut guest = watching(word, &[(wvr(0), value), (wcr(0), control)]);
+    guest.use_normal_memory();
     guest.cpu.set_x(2, at);
     let taken = guest.enter(CODE, EL0);
     if taken.esr == svc(5) {
@@ -102,6 +103,7 @@ fn every_access_meets_the_watchpoints_of_its_kind_on_each_of_its_bytes() {
                 let control = E | AT_EL0 | lsc | bas(1 << (byte & 7));
                 let registers = [(wvr(1), byte & !7), (wcr(1), control), opened];
                 let mut guest = watching(word, &registers);
+                guest.use_normal_memory();
                 let taken = guest.enter(CODE, EL0);
                 let hits = does & kind != 0 && (0..size as i64).contains(&offset);
                 // An atomic access is a load if loads are watched.
