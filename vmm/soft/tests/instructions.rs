@@ -67,7 +67,7 @@ impl Machine {
         self.cpu.start(CODE, 0);
         let mut state = self.cpu.state();
         // Blocks of 2 MiB with AF set, those of the cases' memory for EL0 too.
-        self.write(TABLE, &(TABLE + 0x1000 | 3).to_le_bytes());
+        self.write(TABLE, &((TABLE + 0x1000) | 3).to_le_bytes());
         for at in (BASE..BASE + SIZE as u64).step_by(2 << 20) {
             let user = if at < CODE { 1 << 6 } else { 0 };
             let block = at | 1 << 10 | user | 1;
