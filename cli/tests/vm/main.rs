@@ -7,6 +7,7 @@ mod inputs;
 mod life;
 mod modes;
 mod reboot;
+mod stdio;
 mod trust;
 
 /// The program.
