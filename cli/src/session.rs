@@ -112,7 +112,8 @@ impl Session<'_> {
                         break End::Guest(outcome);
                     };
                     if outcome == Outcome::Panic {
-                        say!("squib: {outcome}; it boots again");
+                        // As often as the guest likes: within the budget of the log.
+                        tracing::warn!("{outcome}; it boots again");
                     }
                     (self.reboot)(&mut next.config)?;
                     vm.retire();

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
-use squib_tests::tiny::{Burst, Ending};
+use squib_tests::tiny::{Burst, Ending, noise};
 
 use crate::common::Place;
 
@@ -169,4 +169,17 @@ fn a_console_that_cannot_be_written_is_said_and_does_not_end_the_guest() {
     let (status, messages) = end(command.stderr(Stdio::piped()).spawn().unwrap());
     assert!(messages.contains("9 bytes of console output could not be written"), "{messages}");
     assert_eq!(status, Some(1));
+}
+
+#[test]
+fn a_guest_that_causes_a_flood_of_warnings_fills_no_log_and_what_was_dropped_is_counted() {
+    let place = Place::new();
+    fs::write(place.path("noise"), noise(12_000)).unwrap();
+    let words = ["run", "--kernel", "noise", "--memory", "64M", "--disk", "disk.img"];
+    let (code, _, messages) = place.done(&words);
+    assert_eq!(code, 0, "{messages}");
+    let warnings = messages.lines().filter(|line| line.contains("WARN")).count();
+    assert!((1..50).contains(&warnings), "{messages}");
+    let dropped = format!("squib: {} more messages", 12_000 - warnings);
+    assert!(messages.contains(&dropped), "{messages}");
 }

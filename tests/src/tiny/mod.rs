@@ -16,11 +16,13 @@
 
 mod asm;
 mod burst;
+mod noise;
 mod program;
 
 use std::{fs, io, path::Path};
 
 pub use burst::{Burst, Ending};
+pub use noise::noise;
 
 /// The byte that makes the guest switch the machine off.
 pub const POWER_OFF: u8 = b'q';
