@@ -40,8 +40,9 @@ impl Drop for RawMode {
 /// Gives the terminal back as it was. Does nothing if it is not in raw mode.
 pub(crate) fn restore() {
     if let Some(before) = saved().take() {
-        // On the way out; a terminal that is gone needs no settings.
-        let _ = tcsetattr(io::stdin(), OptionalActions::Drain, &before);
+        // At once: to wait for a terminal that shows nothing any more (Ctrl-S) would be for ever, and what was
+        // written before has been processed by the old settings. A terminal that is gone needs none.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }
 }
 

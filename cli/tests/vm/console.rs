@@ -3,19 +3,23 @@
 use std::{
     fs::{self, File},
     io::Read,
+    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     process::{Child, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    fs::OFlags,
+    process::{Pid, Signal, kill_process},
+};
 use squib_tests::tiny::{Burst, Ending, noise};
 
-use crate::common::Place;
+use crate::common::{PATIENCE, Place};
 
 /// More than a small pipe holds, less than the guest is held up for.
 const SOME: u32 = 40_000;
@@ -161,6 +165,38 @@ fn a_reader_that_stands_still_does_not_hold_up_the_end_and_what_it_missed_is_cou
 
 #[test]
 #[cfg(target_os = "linux")]
+fn a_terminal_that_stands_still_does_not_hold_up_the_end() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let place = Place::new();
+    let burst = Burst { bytes: SOME, ending: Ending::PowerOff };
+    fs::write(place.path("burst"), burst.image()).unwrap();
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let name = std::ffi::OsStr::from_bytes(name.as_bytes());
+    let no_control = OFlags::NOCTTY.bits() as i32;
+    let mut open = File::options();
+    let terminal = open.read(true).write(true).custom_flags(no_control).open(name).unwrap();
+    let mut command = place.squib(["run", "--kernel", "burst", "--memory", "64M"]);
+    let stream = || Stdio::from(terminal.try_clone().unwrap());
+    let mut child = command.stdin(stream()).stdout(stream()).stderr(stream()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("it waits for its terminal");
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status.code(), Some(1), "output is lost");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
 fn a_console_that_cannot_be_written_is_said_and_does_not_end_the_guest() {
     let place = Place::new();
     fs::write(place.path("burst"), Burst { bytes: 9, ending: Ending::PowerOff }.image()).unwrap();
@@ -178,7 +214,7 @@ fn a_guest_that_causes_a_flood_of_warnings_fills_no_log_and_what_was_dropped_is_
     let words = ["run", "--kernel", "noise", "--memory", "64M", "--disk", "disk.img"];
     let (code, _, messages) = place.done(&words);
     assert_eq!(code, 0, "{messages}");
-    let warnings = messages.lines().filter(|line| line.contains("WARN")).count();
+    let warnings = messages.lines().filter(|line| line.contains("WARN squib_devices")).count();
     assert!((1..50).contains(&warnings), "{messages}");
     let dropped = format!("squib: {} more messages", 12_000 - warnings);
     assert!(messages.contains(&dropped), "{messages}");
