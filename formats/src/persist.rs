@@ -20,6 +20,8 @@ pub trait Versioned: Sized {
     const KIND: &'static str;
     /// The version that [`encode`](Self::encode) writes.
     const VERSION: u16;
+    /// Longest payload of any version, in bytes. A longer one is refused before it is read.
+    const LONGEST: u64 = 64 << 10;
 
     /// The payload bytes of the current version. Equal states give equal bytes.
     fn encode(&self) -> Result<Vec<u8>, PersistError>;
@@ -30,14 +32,17 @@ pub trait Versioned: Sized {
 
 /// Implements [`Versioned`] for a state type that has had one version only.
 ///
+/// A third argument is [`LONGEST`](Versioned::LONGEST), for a state that takes more than most.
+///
 /// A type with a second version writes the trait by hand: a `match` on the version with one arm for
 /// every version ever shipped.
 #[macro_export]
 macro_rules! first_version {
-    ($state:ty, $kind:literal) => {
+    ($state:ty, $kind:literal $(, longest: $longest:expr)?) => {
         impl $crate::persist::Versioned for $state {
             const KIND: &'static str = $kind;
             const VERSION: u16 = 1;
+            $(const LONGEST: u64 = $longest;)?
 
             fn encode(&self) -> Result<Vec<u8>, $crate::persist::PersistError> {
                 $crate::codec::encode($kind, self)

@@ -17,7 +17,8 @@ use squib_formats::{
         write_image, zero_digest,
     },
     manifest::{
-        CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, SectionRecord,
+        CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, OnReset,
+        Operation, SectionRecord,
     },
     persist::{PersistError, Section},
     publish::{Durability, Existing, Staging},
@@ -57,7 +58,7 @@ pub fn manifest(bytes: &[u8]) -> bool {
         assert_eq!(again, *head);
         let _ = header.check_readable().and_then(|()| header.check_body(head, body));
     }
-    let minor = u16::from(head[10] % 3);
+    let minor = u16::from(head[10]) % (header::MINOR + 1);
     let Ok(manifest) = Manifest::decode(minor, body) else { return false };
     manifest.check().expect("checked by decode");
     assert_eq!(manifest.minor(), minor);
@@ -256,13 +257,19 @@ impl Files {
         };
         let (state, index, data, working_set) = (part(0), part(2), part(4), part(6));
         let mut files = Self { state, index, data, working_set, manifest: Vec::new() };
-        let (minor, body) = match codec::decode::<Manifest>("manifest", 0, rest) {
-            Ok(manifest) => files.fix(manifest, base)?,
-            Err(PersistError::LeftOver { left, .. }) => {
-                let body = &rest[..rest.len() - left];
-                files.fix(codec::decode("manifest", 0, body).ok()?, base)?
-            }
-            Err(_) => (0, rest.to_vec()),
+        // The newest form that the bytes have; of those that have none, the beginning may be one.
+        let form = (0..=header::MINOR)
+            .rev()
+            .find_map(|minor| Manifest::decode_unchecked(minor, rest).ok());
+        let (minor, body) = match form {
+            Some(manifest) => files.fix(manifest, base)?,
+            None => match codec::decode::<Manifest>("manifest", 0, rest) {
+                Err(PersistError::LeftOver { left, .. }) => {
+                    let body = &rest[..rest.len() - left];
+                    files.fix(codec::decode("manifest", 0, body).ok()?, base)?
+                }
+                _ => (0, rest.to_vec()),
+            },
         };
         let header = Header::new(header::ARCH_AARCH64, minor, &body).encode();
         files.manifest = [&header, &body[..]].concat();
@@ -404,7 +411,8 @@ pub fn publish(path: &Path, memory: &[u8]) -> Result<Digest, squib_formats::erro
         parent: None,
         parent_hint: None,
         host_backend: None,
-        operation: None,
+        // As this build writes it: in the newest format.
+        operation: Some(Operation { on_reset: OnReset::Restart, initrd_digest: None }),
         machine: MachineInfo {
             name: "vm".into(),
             memory_size: image.size,

@@ -16,20 +16,23 @@ use squib_formats::{
     header::{self, Header},
     image::ImageReader,
     manifest::{HostBackend, MEMORY_IMAGE, Manifest},
-    sections::Sections,
+    persist::{PersistError, Section},
+    sections::{Misfit, Sections, misfits},
     snapshot_dir::Snapshot,
 };
 use squib_vmm::{
     config::{BackendKind, ConfigError, MEMORY_MAX, MEMORY_STEP, MachineConfig},
     hypervisor,
-    machine::places,
+    machine::{self, Machine, MachineError, Place, places},
 };
 
 use crate::{
     ChangedDisks, compat, config,
     disks::data_bytes,
-    host::{self, HostMemory},
+    host::HostMemory,
+    memory::Room,
     observe::{Phase, Run},
+    restore::{DiskLoad, MemoryLoad},
 };
 
 /// What a restore would be told.
@@ -48,6 +51,14 @@ pub struct CheckOptions<'a> {
     pub changed_disks: ChangedDisks,
     /// Where else to look for the snapshots that a difference builds on.
     pub parents: Vec<PathBuf>,
+    /// How memory would come back.
+    pub memory: MemoryLoad,
+    /// How captured disks would come back.
+    pub disks: DiskLoad,
+    /// Take the risk that the host's memory is too small.
+    pub overcommit: bool,
+    /// Identity and time of the machine.
+    pub machine: machine::RestoreOptions,
     /// How it runs. Only disks outside the snapshot, which are read whole, take time.
     pub run: Run<'a>,
 }
@@ -92,10 +103,11 @@ pub enum Verdict {
     Unsure,
 }
 
-/// Compares the snapshot at `path` with this host and this build. Everything that a restore checks before
-/// it reads the first chunk is checked: header, manifest, state, indexes, CPU, parents, disks and room. Chunks
-/// are not read (`verify` does that), and nothing is made. A snapshot of a newer format or another
-/// architecture is told from its plain header alone.
+/// Compares the snapshot at `path` with this host and this build. Everything that a restore checks is checked,
+/// by the same code, but for the bytes of chunks (`verify` reads them): header, manifest, indexes, CPU, parents,
+/// disks, room on the disk and in memory; and a machine takes over the state, as in a restore, and is dropped.
+/// No file is made and no vCPU runs. A snapshot of a newer format or another architecture is told from its
+/// plain header alone.
 ///
 /// An error means that there is no snapshot, or that the caller asked to stop.
 pub fn check(path: &Path, options: &CheckOptions<'_>) -> Result<Report, FormatError> {
@@ -115,17 +127,24 @@ pub fn check(path: &Path, options: &CheckOptions<'_>) -> Result<Report, FormatEr
     };
     let manifest = snapshot.manifest();
     report.age(manifest);
-    let config = report.machine(manifest);
+    let room = Room::here(options.overcommit);
+    let config = report.machine(manifest, &room);
     report.cpu(manifest, config.as_ref(), options.backend);
     report.host_build(manifest, config.as_ref());
-    report.state(&snapshot, config.as_ref());
     // Without its parents the snapshot's own indexes can still be looked at.
     let chain = report.parents(path, &options.parents);
-    report.memory_image(chain.as_ref().unwrap_or(&snapshot));
-    report.disks(chain.as_ref().unwrap_or(&snapshot), options)?;
+    let snapshot = chain.unwrap_or(snapshot);
+    let manifest = snapshot.manifest();
+    report.state(&snapshot, config.as_ref(), options);
+    if report.indexes_fit(&snapshot, &room) {
+        report.memory_image(&snapshot, &room, &options.memory);
+        report.disks(&snapshot, options)?;
+    }
     report.page_size(manifest);
     Ok(report.finish(path, Some(snapshot.id())))
 }
+
+const OVERCOMMIT: &str = "use a host with more memory, or --overcommit at its risk";
 
 /// A report in the making.
 #[derive(Default)]
@@ -202,7 +221,7 @@ impl Lines {
     }
 
     /// The machine's configuration; `None` if this build cannot have such a machine.
-    fn machine(&mut self, manifest: &Manifest) -> Option<MachineConfig> {
+    fn machine(&mut self, manifest: &Manifest, room: &Room) -> Option<MachineConfig> {
         let machine = &manifest.machine;
         let advice = "no squib of this version can have such a machine";
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -212,9 +231,13 @@ impl Lines {
             false => self.differs("vCPUs", vcpus, advice),
         }
         let memory = machine.memory_size;
-        let found = format!("{}, at most {}{}", size(memory), size(MEMORY_MAX), host_memory());
+        let found = format!("{}, at most {}{}", size(memory), size(MEMORY_MAX), host_memory(room));
         match (map::RAM_MIN..=MEMORY_MAX).contains(&memory) && memory.is_multiple_of(MEMORY_STEP) {
-            true => self.ok("memory", found),
+            true => match room.size(memory) {
+                Ok(None) => self.ok("memory", found),
+                Ok(Some(why)) => self.push("memory".into(), Verdict::Unsure, why, None),
+                Err(error) => self.missing("memory", error, OVERCOMMIT),
+            },
             false => self.differs("memory", found, advice),
         }
         match config::from_manifest(manifest) {
@@ -299,39 +322,78 @@ impl Lines {
         }
     }
 
-    /// Every section's digest, kind, version and form.
-    fn state(&mut self, snapshot: &Snapshot, config: Option<&MachineConfig>) {
+    /// The sections: their names, versions and lengths, then their digests and forms, and at last whether a
+    /// machine takes them over.
+    fn state(
+        &mut self,
+        snapshot: &Snapshot,
+        config: Option<&MachineConfig>,
+        options: &CheckOptions<'_>,
+    ) {
         let damaged = "the snapshot is damaged: use another copy of it";
-        let mut sections = match Sections::read(snapshot) {
-            Ok(sections) => sections,
-            Err(error) => return self.differs("state", error, damaged),
-        };
+        let newer = "restore it with a newer squib";
         let Some(config) = config else { return };
         let places = places(config);
+        let wanted: Vec<_> = places.iter().map(Place::wanted).collect();
+        let what = |kind: &str, instance: &str| format!("section {kind} {instance}");
         let before = self.0.len();
-        for place in &places {
-            let what = format!("section {} {}", place.kind, place.instance);
-            let Ok(section) = sections.take(place.kind, &place.instance) else {
-                self.missing(what, "the machine needs it", damaged);
-                continue;
-            };
-            if section.version > place.version {
-                let found = format!(
-                    "version {}, this build reads up to {}",
-                    section.version, place.version
-                );
-                self.differs(what, found, "restore it with a newer squib");
-            } else if let Err(error) = place.decodes(&section) {
-                self.differs(what, error, damaged);
+        for Misfit { kind, instance, error } in misfits(&snapshot.manifest().sections, &wanted) {
+            let what = what(&kind, &instance);
+            match error {
+                FormatError::MissingSection { .. } => {
+                    self.missing(what, "the machine needs it", damaged);
+                }
+                FormatError::UnknownSections { .. } => {
+                    self.differs(what, "nothing in this build's machine takes it", newer);
+                }
+                FormatError::Persist(PersistError::UnknownVersion { .. }) => {
+                    self.differs(what, error, newer);
+                }
+                error => self.differs(what, error, damaged),
             }
         }
-        for (kind, instance) in sections.left() {
-            let what = format!("section {kind} {instance}");
-            let found = "nothing in this build's machine takes it";
-            self.differs(what, found, "restore it with a newer squib");
+        if self.0.len() > before {
+            return;
         }
-        if self.0.len() == before {
-            self.ok("sections", format!("{}, all known", places.len()));
+        let sections = match Sections::read_exactly(snapshot, &wanted) {
+            Ok(sections) => sections.into_rest(),
+            Err(error) => return self.differs("state", error, damaged),
+        };
+        for (place, section) in places.iter().flat_map(|place| {
+            let is_here = |section: &&Section| {
+                (&*section.kind, &section.instance) == (place.kind, &place.instance)
+            };
+            sections.iter().find(is_here).map(|section| (place, section))
+        }) {
+            if let Err(error) = place.decodes(section) {
+                self.differs(what(place.kind, &place.instance), error, damaged);
+            }
+        }
+        if !self.accepts() {
+            // Another machine than this host can have says nothing of the state.
+            return;
+        }
+        let disks = snapshot.manifest().machine.disks.iter();
+        let sizes = disks.map(|disk| (disk.id.clone(), disk.size)).collect();
+        let config =
+            MachineConfig { backend: options.backend.unwrap_or(config.backend), ..config.clone() };
+        match Machine::try_restore(config, sections, options.machine, sizes) {
+            Ok(()) => self.ok("sections", format!("{}, all taken over", places.len())),
+            Err(MachineError::State { instance, source }) => {
+                self.differs(format!("section {}", instance.replace('`', "")), source, damaged);
+            }
+            Err(error) => self.differs("machine", error, "no restore on this host can make it"),
+        }
+    }
+
+    /// Whether the indexes may be read.
+    fn indexes_fit(&mut self, snapshot: &Snapshot, room: &Room) -> bool {
+        match room.indexes(snapshot) {
+            Ok(()) => true,
+            Err(error) => {
+                self.missing("indexes", error, OVERCOMMIT);
+                false
+            }
         }
     }
 
@@ -355,10 +417,20 @@ impl Lines {
         }
     }
 
-    fn memory_image(&mut self, snapshot: &Snapshot) {
-        if let Some(index) = self.image("memory image", snapshot, MEMORY_IMAGE) {
-            let (stored, chunks) = (data_bytes(&index), index.chunks());
-            self.ok("memory image", format!("{} of data in {chunks} chunks", size(stored)));
+    fn memory_image(&mut self, snapshot: &Snapshot, room: &Room, load: &MemoryLoad) {
+        let Some(index) = self.image("memory image", snapshot, MEMORY_IMAGE) else { return };
+        let found = format!("{} of data in {} chunks", size(data_bytes(&index)), index.chunks());
+        let mode = "use --mode template, which takes room on the disk instead, or --overcommit";
+        match load {
+            MemoryLoad::Template(cache) => match cache.room_for(snapshot, &index) {
+                Ok(()) => self.ok("memory image", found),
+                Err(error) => self.missing("memory image", error, "make room, or use --mode lazy"),
+            },
+            load if load.brings_all() => match room.data(&index) {
+                Ok(()) => self.ok("memory image", found),
+                Err(error) => self.missing("memory image", error, mode),
+            },
+            _ => self.ok("memory image", found),
         }
     }
 
@@ -394,14 +466,15 @@ impl Lines {
 }
 
 /// What is known of this host's memory, as the end of a sentence.
-fn host_memory() -> String {
-    match host::memory() {
-        Some(HostMemory { total, available: Some(free) }) => {
-            format!("; this host has {}, {} of it available", size(total), size(free))
-        }
-        Some(HostMemory { total, available: None }) => format!("; this host has {}", size(total)),
-        None => String::new(),
-    }
+fn host_memory(room: &Room) -> String {
+    let Some(HostMemory { total, available, group }) = &room.host else { return String::new() };
+    let place = match group {
+        Some(group) => format!("the control group {group}"),
+        None => "this host".to_owned(),
+    };
+    let available =
+        available.map_or(String::new(), |free| format!(", {} of it available", size(free)));
+    format!("; {place} has {}{available}", size(*total))
 }
 
 /// Bytes for people.

@@ -27,7 +27,7 @@ pub mod verify;
 pub mod working_set;
 
 pub use disks::ChangedDisks;
-pub use memory::{CacheError, Template, TemplateCache, TemplateInfo};
+pub use memory::{CacheError, MOST_OVERCOMMIT, MemoryError, Template, TemplateCache, TemplateInfo};
 pub use squib_formats::{
     error::FormatError,
     publish::{Durability, Existing},

@@ -22,7 +22,7 @@ use squib_formats::{
 use squib_vmm::{
     config::{BackendKind, ConfigError, MachineConfig, OnReset},
     hypervisor,
-    machine::{self, Contents, Machine, MachineError},
+    machine::{self, Contents, Machine, MachineError, Place},
 };
 
 pub use crate::disks::{DiskError, DiskLoad, FinishError, finish_disks};
@@ -31,7 +31,11 @@ use crate::{
     compat::{self, Mismatch},
     config,
     disks::{self, ChangedDisks, CheckError, Disks, Outside},
-    memory::{self, CacheError, ImageBaseline, Loader, PublishedBaseline, TemplateCache},
+    host,
+    memory::{
+        self, CacheError, ImageBaseline, Loader, MemoryError, PublishedBaseline, Ration, Room,
+        TemplateCache,
+    },
     observe::{Phase, Run},
 };
 
@@ -50,6 +54,13 @@ pub enum MemoryLoad {
     Record,
     /// As a copy-on-write view of a template in this cache, which is made first if need be.
     Template(TemplateCache),
+}
+
+impl MemoryLoad {
+    /// Whether the restore brings all bytes by itself into memory that nobody shares.
+    pub(crate) fn brings_all(&self) -> bool {
+        matches!(self, Self::Eager | Self::Lazy)
+    }
 }
 
 /// Choices of a restore.
@@ -76,6 +87,8 @@ pub struct RestoreOptions<'a> {
     pub memory: MemoryLoad,
     /// How captured disks come back.
     pub disks: DiskLoad,
+    /// Take the risk that the host's memory is too small: see [`MemoryError`].
+    pub overcommit: bool,
     /// Identity and time of the machine.
     pub machine: machine::RestoreOptions,
     /// What a reset by the guest does; `None` for what the snapshot says.
@@ -149,6 +162,9 @@ pub enum RestoreError {
     /// The template cannot be made or used.
     #[error(transparent)]
     Template(CacheError),
+    /// This host's memory is too small for it.
+    #[error(transparent)]
+    Room(#[from] MemoryError),
     /// Memory for the guest could not be had.
     #[error("{size} bytes of guest memory: {source}")]
     Memory {
@@ -175,7 +191,7 @@ pub fn restore(
     let start = Instant::now();
     let opened = Opened::new(path, options)?;
     let mut timings = RestoreTimings { open: start.elapsed(), ..RestoreTimings::default() };
-    let Opened { snapshot, sections, mut config, images } = opened;
+    let Opened { snapshot, sections, mut config, images, room } = opened;
 
     let started = Instant::now();
     let mut disks = Disks::default();
@@ -190,7 +206,7 @@ pub fn restore(
     timings.disks = started.elapsed();
 
     let started = Instant::now();
-    let Memory { ram, loaded, prefetch } = Memory::new(&snapshot, options)?;
+    let Memory { ram, loaded, prefetch } = Memory::new(&snapshot, options, &room)?;
     timings.memory = started.elapsed();
 
     let started = Instant::now();
@@ -202,7 +218,8 @@ pub fn restore(
     let machine = Machine::restore(config, sections, options.machine, contents, console)?;
     if let Some(image) = prefetch {
         let first = working_set(&snapshot);
-        machine.attach(Box::new(Loader::start(ram.granules(), &image, &first)?));
+        let ration = Ration::new(host::memory);
+        machine.attach(Box::new(Loader::start(ram.granules(), &image, &first, Some(ration))?));
     }
     disks.keep(&machine)?;
     timings.machine = started.elapsed();
@@ -245,6 +262,7 @@ struct Opened {
     config: MachineConfig,
     /// Images of the disks that are to be made, by id.
     images: Vec<(String, Arc<ImageReader>)>,
+    room: Room,
 }
 
 impl Opened {
@@ -270,7 +288,14 @@ impl Opened {
         if !mismatches.is_empty() {
             return Err(RestoreError::Incompatible(mismatches));
         }
-        let sections = Sections::read(&snapshot)?;
+        let room = Room::here(options.overcommit);
+        if let Some(warning) = room.size(config.memory)? {
+            tracing::warn!("{warning}");
+        }
+        let places = machine::places(&config);
+        let wanted: Vec<_> = places.iter().map(Place::wanted).collect();
+        let sections = Sections::read_exactly(&snapshot, &wanted)?;
+        room.indexes(&snapshot)?;
         let mut images = Vec::new();
         for disk in records {
             if disk.storage == DiskStorage::Captured && !options.disk_places.contains_key(&disk.id)
@@ -282,7 +307,7 @@ impl Opened {
                 images.push((disk.id.clone(), Arc::new(image)));
             }
         }
-        Ok(Self { snapshot, sections, config, images })
+        Ok(Self { snapshot, sections, config, images, room })
     }
 }
 
@@ -295,7 +320,11 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(snapshot: &Snapshot, options: &RestoreOptions<'_>) -> Result<Self, RestoreError> {
+    fn new(
+        snapshot: &Snapshot,
+        options: &RestoreOptions<'_>,
+        room: &Room,
+    ) -> Result<Self, RestoreError> {
         let record = snapshot.manifest().image(MEMORY_IMAGE)?;
         let failed = |source| RestoreError::Memory { size: record.size, source };
         let open = || ImageReader::open(snapshot, MEMORY_IMAGE).map(Arc::new);
@@ -306,12 +335,16 @@ impl Memory {
         options.run.phase(Phase::Memory, |control| match &options.memory {
             MemoryLoad::Eager => {
                 let image = open()?;
+                room.data(image.index())?;
                 let ram = memory::absent_ram(&image).map_err(failed)?;
                 let loaded = memory::load_all(&ram, &image, control)?;
                 with(ram, Arc::new(ImageBaseline(image)), loaded, None)
             }
             MemoryLoad::Lazy | MemoryLoad::Record => {
                 let image = open()?;
+                if options.memory.brings_all() {
+                    room.data(image.index())?;
+                }
                 let ram = memory::absent_ram(&image).map_err(failed)?;
                 memory::load_lazily(&ram, &image);
                 let prefetch = match options.memory {
@@ -326,7 +359,11 @@ impl Memory {
             MemoryLoad::Template(cache) => {
                 let template = match cache.find(record)? {
                     Some(template) => template,
-                    None => cache.get(&*open()?, control)?,
+                    None => {
+                        let image = open()?;
+                        cache.room(image.index())?;
+                        cache.get(&image, control)?
+                    }
                 };
                 let ram = template.map().map_err(failed)?;
                 let (path, id) = (snapshot.path(), snapshot.id());

@@ -6,6 +6,7 @@
 
 use std::{
     fs::File,
+    path::Path,
     sync::OnceLock,
     time::{Duration, Instant},
 };
@@ -107,19 +108,9 @@ pub fn sections() -> Vec<(String, usize)> {
 /// A deterministic machine with a disk and a source of entropy, both with queues that the guest has set up.
 fn good() -> Good {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let kernel = dir.path().join("Image");
-    std::fs::write(&kernel, image()).expect("room for a page");
-    let disk = dir.path().join("disk");
-    File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("room for a hole");
-    let config = MachineConfig {
-        memory: map::RAM_MIN,
-        disks: vec![DiskConfig { id: "vda".into(), path: disk, read_only: true }],
-        deterministic: Some(Deterministic::default()),
-        ..MachineConfig::new("hostile", kernel)
-    };
-    let machine = Machine::boot(config.clone(), Box::new(std::io::sink())).expect("it boots");
-    requests(machine.ram());
-    assert_eq!(machine.run_until(SAVED).expect("it runs"), RunUntil::Reached);
+    let disk = disk(dir.path(), "vda", true, 1 << 20);
+    let machine = machine(dir.path(), vec![disk]);
+    let config = machine.config().clone();
     let sections = machine.save().expect("it saves");
     let read = |at: u64, len: usize| {
         let mut bytes = vec![0; len];
@@ -128,6 +119,30 @@ fn good() -> Good {
     };
     let memory = vec![read(map::RAM_BASE + 0x20_0000, 0x4000), read(RINGS, 2 * RING as usize)];
     Good { _dir: dir, config, sections, memory }
+}
+
+/// A disk of `size` bytes, all of it a hole, in `dir`.
+pub fn disk(dir: &Path, id: &str, read_only: bool, size: u64) -> DiskConfig {
+    let path = dir.join(id);
+    File::create(&path).and_then(|file| file.set_len(size)).expect("room for a hole");
+    DiskConfig { id: id.into(), path, read_only }
+}
+
+/// A paused deterministic machine with `disks` and a source of entropy. Its guest, whose kernel lies in `dir`,
+/// has set up the queues of the first two slots and goes round all registers of its devices for ever.
+pub fn machine(dir: &Path, disks: Vec<DiskConfig>) -> Machine {
+    let kernel = dir.join("Image");
+    std::fs::write(&kernel, image()).expect("room for a page");
+    let config = MachineConfig {
+        memory: map::RAM_MIN,
+        disks,
+        deterministic: Some(Deterministic::default()),
+        ..MachineConfig::new("hostile", kernel)
+    };
+    let machine = Machine::boot(config, Box::new(std::io::sink())).expect("it boots");
+    requests(machine.ram());
+    assert_eq!(machine.run_until(SAVED).expect("it runs"), RunUntil::Reached);
+    machine
 }
 
 /// One request in each queue: a read of a sector, and 64 random bytes.

@@ -122,6 +122,10 @@ pub(crate) struct RestoreArgs {
     /// Restore although a disk has changed since the snapshot: the guest's file system may be damaged.
     #[arg(long)]
     pub(crate) allow_changed_disks: bool,
+    /// Restore although the machine's memory is far above this host's, or what would be loaded is more than is
+    /// available: the system may have to end programs.
+    #[arg(long)]
+    pub(crate) overcommit: bool,
     /// It is one of several copies: it gets a new identity.
     #[arg(long, conflicts_with = "same")]
     pub(crate) clone: bool,
@@ -237,6 +241,12 @@ pub(crate) struct CheckArgs {
     /// A restore would accept disks that have changed since the snapshot.
     #[arg(long)]
     pub(crate) allow_changed_disks: bool,
+    /// How memory would come back.
+    #[arg(long, value_enum, default_value_t = ModeArg::Lazy)]
+    pub(crate) mode: ModeArg,
+    /// A restore would be told to go on with less memory than it takes.
+    #[arg(long)]
+    pub(crate) overcommit: bool,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -118,7 +118,7 @@ impl fmt::Display for Property {
 /// What holds on every system.
 fn machine() -> Vec<Property> {
     let memory = match host::memory() {
-        Some(HostMemory { total, available: Some(free) }) => {
+        Some(HostMemory { total, available: Some(free), group: _ }) => {
             let found = format!("{}, {} of it available", bytes(total), bytes(free));
             match free < MachineConfig::new("vm", "").memory {
                 true => Property::note("memory", found)
@@ -126,7 +126,7 @@ fn machine() -> Vec<Property> {
                 false => Property::ok("memory", found),
             }
         }
-        Some(HostMemory { total, available: None }) => Property::ok("memory", bytes(total)),
+        Some(HostMemory { total, .. }) => Property::ok("memory", bytes(total)),
         None => Property::note("memory", "the system does not tell how much there is"),
     };
     let cpus = match available_parallelism() {

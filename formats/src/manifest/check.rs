@@ -106,8 +106,12 @@ impl Manifest {
             if *length > codec::MAX_PAYLOAD as u64 {
                 return wrong("length", format!("{length}, at most {}", codec::MAX_PAYLOAD));
             }
-            // At most MAX_RECORDS lengths of at most MAX_PAYLOAD bytes: no overflow.
+            // Below MAX_STATE + MAX_PAYLOAD: no overflow.
             end += length;
+            if end > MAX_STATE {
+                let why = format!("{length}, all sections so far take more than {MAX_STATE} bytes");
+                return wrong("length", why);
+            }
         }
         let found = self.file(STATE_FILE)?.length;
         match found == end {

@@ -35,6 +35,8 @@ pub const MEMORY_IMAGE: &str = "memory";
 pub const MAX_HINT: usize = 4096;
 /// Longest build of an operating system, in bytes.
 pub const MAX_BUILD: usize = 64;
+/// Most bytes of all sections together: thousands of times what a machine's state takes.
+pub const MAX_STATE: u64 = 64 << 20;
 /// Most sections, files, images and disks, each.
 pub const MAX_RECORDS: usize = 4096;
 
@@ -264,7 +266,23 @@ impl Manifest {
 
     /// Parses a body of format 1.`minor`, and checks it.
     pub fn decode(minor: u16, body: &[u8]) -> Result<Self, FormatError> {
-        let manifest: Self = match minor {
+        let manifest = Self::decode_unchecked(minor, body)?;
+        if manifest.minor() != minor {
+            let (what, has) = match (minor, manifest.minor()) {
+                (2, _) => ("raw files", "one"),
+                (_, 2) => ("raw files", "none"),
+                (0, _) => ("parent", "none"),
+                _ => ("parent", "one"),
+            };
+            return Err(field(what, format!("a snapshot of format 1.{minor} has {has}")));
+        }
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Parses a body of format 1.`minor`. Nothing in it may be used before [`check`](Self::check).
+    pub fn decode_unchecked(minor: u16, body: &[u8]) -> Result<Self, FormatError> {
+        Ok(match minor {
             0 => codec::decode(FILE, minor, body)?,
             1 | 2 => {
                 let (manifest, parent_hint) = codec::decode(FILE, minor, body)?;
@@ -280,18 +298,7 @@ impl Manifest {
                 Self { parent_hint, host_backend, operation: Some(operation), ..manifest }
             }
             _ => return Err(field("minor format version", format!("{minor} is not known"))),
-        };
-        if manifest.minor() != minor {
-            let (what, has) = match (minor, manifest.minor()) {
-                (2, _) => ("raw files", "one"),
-                (_, 2) => ("raw files", "none"),
-                (0, _) => ("parent", "none"),
-                _ => ("parent", "one"),
-            };
-            return Err(field(what, format!("a snapshot of format 1.{minor} has {has}")));
-        }
-        manifest.check()?;
-        Ok(manifest)
+        })
     }
 
     /// The file called `name`.

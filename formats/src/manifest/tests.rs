@@ -107,6 +107,29 @@ fn a_difference_is_of_format_1_1_and_keeps_the_place_of_its_parent() {
     assert!(manifest.encode().unwrap_err().to_string().contains("parent hint"));
 }
 
+#[test]
+fn a_state_that_no_machine_has_is_refused_from_its_records() {
+    let mut manifest = sample();
+    manifest.sections.clear();
+    // Each is as long as a section may be: a sparse file of 3.3 GB, in no room on the disk.
+    for number in 0..210 {
+        manifest.sections.push(SectionRecord {
+            kind: "vcpu".into(),
+            instance: number.to_string(),
+            version: 1,
+            offset: number << 24,
+            length: 1 << 24,
+            digest: Digest([0; 32]),
+        });
+    }
+    manifest.files[0].length = 210 << 24;
+    let text = manifest.check().unwrap_err().to_string();
+    assert!(text.contains("section 4: length") && text.contains("67108864 bytes"), "{text}");
+    manifest.sections.truncate(4);
+    manifest.files[0].length = MAX_STATE;
+    manifest.check().unwrap();
+}
+
 /// The sample with the raw bytes of its disk.
 fn raw_sample() -> Manifest {
     let mut manifest = sample();

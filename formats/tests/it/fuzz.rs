@@ -1,9 +1,9 @@
 //! The fuzz targets over their corpus and over mutations of it.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use squib_formats::{
-    header,
+    header::{self, Header},
     image::{ImageReader, MIN_CHUNK_SIZE},
     snapshot_dir::Snapshot,
     working_set::WorkingSet,
@@ -67,6 +67,30 @@ fn mutate(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut Numbers) {
     }
 }
 
+/// The manifests of the golden snapshots, all of them, and of one that this build writes, by minor format version.
+fn all_manifests() -> BTreeMap<u16, Vec<Vec<u8>>> {
+    let mut found = BTreeMap::<u16, Vec<Vec<u8>>>::new();
+    let new = tempfile::tempdir().unwrap();
+    targets::publish(&new.path().join("snap"), &[7; 1 << 14]).unwrap();
+    let mut dirs = vec![
+        new.path().to_owned(),
+        PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")),
+    ];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.file_name().unwrap() == "manifest" {
+                let bytes = fs::read(path).unwrap();
+                let head = bytes.first_chunk().unwrap();
+                found.entry(Header::decode(head).unwrap().minor).or_default().push(bytes);
+            }
+        }
+    }
+    found
+}
+
 fn run(name: &str) {
     let (_, target) = targets::TARGETS.into_iter().find(|target| target.0 == name).unwrap();
     let entries = entries(name);
@@ -87,6 +111,30 @@ fn run(name: &str) {
 #[test]
 fn manifests() {
     run("manifest");
+}
+
+/// A format that is added later is written by then, and is fuzzed from then on.
+#[test]
+fn manifests_of_every_format_that_this_build_reads_are_fuzzed() {
+    let manifests = all_manifests();
+    let minors: Vec<u16> = manifests.keys().copied().collect();
+    assert_eq!(minors, (0..=header::MINOR).collect::<Vec<_>>());
+    let mut numbers = Numbers(1);
+    for (minor, manifests) in manifests {
+        let mut taken = 0;
+        for manifest in manifests {
+            assert!(targets::manifest(&manifest), "1.{minor} is not taken");
+            for _ in 0..MUTATIONS / 5 {
+                let mut bytes = manifest.clone();
+                let (head, body) = bytes.split_at_mut(header::LEN);
+                assert_eq!(head[10], minor as u8);
+                let at = numbers.below(body.len());
+                body[at] ^= 1 << numbers.below(8);
+                taken += u32::from(targets::manifest(&bytes));
+            }
+        }
+        assert!(taken > 0, "no change of a body of 1.{minor} is taken: it is decoded as another");
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use squib_formats::{
 
 use super::{CheckOptions, Lines, size};
 use crate::{
-    disks::{self, CheckError, DiskError, Outside, data_bytes, free},
+    disks::{self, CheckError, DiskError, DiskLoad, Outside, data_bytes, free},
     observe::Phase,
 };
 
@@ -30,7 +30,7 @@ impl Lines {
             let advice = "`squib snapshot inspect` lists its disks";
             self.differs(format!("disk {id}"), "the snapshot has no such disk", advice);
         }
-        let mut needed = 0u64;
+        let (mut needed, mut largest) = (0u64, 0);
         for record in records {
             let what = format!("disk {}", record.id);
             match record.storage {
@@ -39,16 +39,19 @@ impl Lines {
                         continue;
                     };
                     let room = data_bytes(&index);
-                    needed = needed.saturating_add(room);
+                    if options.disks != DiskLoad::Demand {
+                        needed = needed.saturating_add(room);
+                    }
+                    largest = largest.max(record.size);
                     self.captured(&what, record, room, options.disk_dir.as_deref());
                 }
                 _ => self.outside(&what, record, snapshot, options)?,
             }
         }
         if let Some(dir) = &options.disk_dir
-            && needed > 0
+            && largest > 0
         {
-            self.room(dir, needed);
+            self.room(dir, needed, largest);
         }
         Ok(())
     }
@@ -116,9 +119,10 @@ impl Lines {
         Ok(())
     }
 
-    /// Free space in `dir`, where `needed` bytes of disks would go.
-    fn room(&mut self, dir: &Path, needed: u64) {
-        match free(dir) {
+    /// Free space in `dir`, where `needed` bytes of disks would go, the largest of them a file of `largest`
+    /// bytes.
+    fn room(&mut self, dir: &Path, needed: u64, largest: u64) {
+        match free(dir).and_then(|free| disks::can_make(dir, largest).map(|()| free)) {
             Ok(free) => {
                 let found =
                     format!("{} needed in {}, {} free", size(needed), dir.display(), size(free));

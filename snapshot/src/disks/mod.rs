@@ -26,7 +26,7 @@ pub(crate) use capture::{Disk, FrozenDisk};
 pub(crate) use outside::Outside;
 pub(crate) use restore::{CheckError, Disks, check, digest_kind};
 pub use restore::{DiskLoad, FinishError, finish_disks};
-pub(crate) use room::{data_bytes, free};
+pub(crate) use room::{can_make, data_bytes, free};
 
 /// What a restore does with a disk that lies outside the snapshot and has changed since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

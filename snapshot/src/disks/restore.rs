@@ -171,10 +171,12 @@ impl Disks {
         control: Control<'_>,
     ) -> Result<(), CheckError> {
         let record = image.record();
-        if load == DiskLoad::Lazy {
+        if load != DiskLoad::Demand {
             let needed = data_bytes(image.index());
             room::check(id, path, needed, self.promised)?;
-            self.promised = self.promised.saturating_add(needed);
+            if load == DiskLoad::Lazy {
+                self.promised = self.promised.saturating_add(needed);
+            }
         }
         let file = create(id, path, record.size)?;
         self.made.push(path.to_owned());
@@ -219,7 +221,7 @@ impl Disks {
     /// Leaves the files where they are. What is not there yet is brought for as long as `machine` lives.
     pub(crate) fn keep(mut self, machine: &Machine) -> Result<(), FormatError> {
         for (disk, image) in &self.wanted {
-            machine.attach(Box::new(Loader::start(disk, image, &[])?));
+            machine.attach(Box::new(Loader::start(disk, image, &[], None)?));
         }
         self.made.clear();
         Ok(())

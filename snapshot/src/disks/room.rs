@@ -2,6 +2,12 @@
 
 use std::{fs, io, path::Path};
 
+use rustix::fs::Access;
+#[cfg(target_os = "linux")]
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+};
 use squib_formats::image::{Index, zero_digest};
 
 use super::DiskError;
@@ -20,6 +26,25 @@ pub(crate) fn free(dir: &Path) -> io::Result<u64> {
     }
     let stat = rustix::fs::statvfs(dir)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Whether a file of `size` bytes, all of it one hole, can be made in `dir`: this user may write there, and the
+/// file system has files of that size. Nothing is seen of it.
+pub(crate) fn can_make(dir: &Path, size: u64) -> io::Result<()> {
+    rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK)?;
+    #[cfg(target_os = "linux")]
+    {
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        match rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => rustix::fs::ftruncate(&file, size)?,
+            // Not every file system has files without a name.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = size;
+    Ok(())
 }
 
 /// Whether `needed` bytes go into the directory of `path`, which the disk `id` is to become, with `promised`
@@ -54,5 +79,15 @@ mod tests {
         );
         check("root", &path, u64::MAX, 0).unwrap_err();
         check("root", &path, u64::MAX, u64::MAX).unwrap_err();
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_file_that_the_file_system_cannot_have_is_told_and_none_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        can_make(dir.path(), 1 << 30).unwrap();
+        can_make(dir.path(), i64::MAX as u64).unwrap_err();
+        can_make(&dir.path().join("not"), 0).unwrap_err();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

@@ -3,6 +3,7 @@
 mod baseline;
 mod loader;
 mod origin;
+mod room;
 mod template;
 
 use std::{io, ops::Range, sync::Arc};
@@ -20,6 +21,8 @@ use squib_formats::{
 pub(crate) use baseline::{ImageBaseline, KnownDigests, MOST_KEPT, PublishedBaseline};
 pub(crate) use loader::Loader;
 pub(crate) use origin::ImageOrigin;
+pub use room::{MOST_OVERCOMMIT, MemoryError};
+pub(crate) use room::{Ration, Room};
 pub use template::{CacheError, Template, TemplateCache, TemplateInfo};
 
 /// The RAM or disk of a moment. What has not changed since its digest was taken is not read where that serves.

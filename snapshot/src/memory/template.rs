@@ -32,10 +32,13 @@ use squib_devices::memory::GuestRam;
 use squib_formats::{
     digest::Digest,
     error::FormatError,
-    image::{Control, ImageReader, Sink},
-    manifest::ImageRecord,
+    image::{Control, ImageReader, Index, Sink},
+    manifest::{ImageRecord, MEMORY_IMAGE},
+    snapshot_dir::Snapshot,
     storage,
 };
+
+use crate::disks::{data_bytes, free};
 
 const MEMORY: &str = "memory";
 const SEAL: &str = "seal";
@@ -93,6 +96,16 @@ pub enum CacheError {
         /// The folder.
         path: PathBuf,
     },
+    /// The file system has no room for it.
+    #[error("template cache: {}: no room: {needed} bytes needed, {free} free", path.display())]
+    NoRoom {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes that the template would take.
+        needed: u64,
+        /// Bytes that can be written there.
+        free: u64,
+    },
     /// The image cannot be read, or the operation was cancelled.
     #[error(transparent)]
     Image(#[from] FormatError),
@@ -110,6 +123,27 @@ impl TemplateCache {
     /// used others are removed until all take at most `limit` bytes.
     pub fn new(dir: impl Into<PathBuf>, limit: u64) -> Self {
         Self { dir: dir.into(), limit }
+    }
+
+    /// Whether the template of the memory of `snapshot`, with `index`, is there or has room.
+    pub(crate) fn room_for(&self, snapshot: &Snapshot, index: &Index) -> Result<(), CacheError> {
+        match self.find(snapshot.manifest().image(MEMORY_IMAGE)?)? {
+            Some(_) => Ok(()),
+            None => self.room(index),
+        }
+    }
+
+    /// Whether a template of the image with `index` has room.
+    pub(crate) fn room(&self, index: &Index) -> Result<(), CacheError> {
+        // The folder is made with the first template, in one that is there.
+        let place = self.dir.ancestors().find(|dir| dir.is_dir());
+        // If that cannot be told, writing tells.
+        let Some(Ok(free)) = place.map(free) else { return Ok(()) };
+        let needed = data_bytes(index);
+        match needed <= free {
+            true => Ok(()),
+            false => Err(CacheError::NoRoom { path: self.dir.clone(), needed, free }),
+        }
     }
 
     /// The template of an image, if it is there.

@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use squib_formats::{error::FormatError, manifest::Manifest};
+use squib_formats::{
+    digest::Digest, error::FormatError, manifest::Manifest, snapshot_dir::Snapshot,
+};
 use squib_snapshot::{
     ChangedDisks,
     capture::{CaptureOptions, capture},
@@ -25,6 +27,10 @@ fn same(options: &RestoreOptions<'_>) -> CheckOptions<'static> {
         allowed_disks: options.allowed_disks.clone(),
         changed_disks: options.changed_disks,
         parents: options.parents.clone(),
+        memory: options.memory.clone(),
+        disks: options.disks,
+        overcommit: options.overcommit,
+        machine: options.machine,
         ..CheckOptions::default()
     }
 }
@@ -137,6 +143,30 @@ fn disks_that_a_restore_cannot_use_are_named() {
     options.disk_places.insert("swap".into(), PathBuf::from("/dev/null"));
     let report = agreed(&path, &options);
     assert_eq!(wrong(&report), ["Differs disk swap", "Differs disk root"]);
+}
+
+#[test]
+fn a_state_that_decodes_and_that_no_device_takes_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = snapshot(dir.path());
+    let options = options(dir.path());
+    let good = Snapshot::open(&path).unwrap().manifest().clone();
+    let whole = fs::read(path.join("state")).unwrap();
+    // PSTATE of EL3, a PSCI power state that there is not, an IER of more than 4 bits.
+    for (kind, at, value) in [("vcpu", 8 * 34, 0x0du8), ("psci", 8, 9), ("serial", 0, 0xff)] {
+        let mut state = whole.clone();
+        let section = good.sections.iter().find(|section| section.kind == kind).unwrap();
+        let range = section.offset as usize..(section.offset + section.length) as usize;
+        state[range.start + at] = value;
+        let (bytes, digest) = (state[range].to_vec(), Digest::of(&state));
+        let path = changed_copy(dir.path(), |manifest| {
+            let section = manifest.sections.iter_mut().find(|section| section.kind == kind);
+            section.unwrap().digest = Digest::of(&bytes);
+            manifest.files.iter_mut().find(|file| file.name == "state").unwrap().digest = digest;
+        });
+        fs::write(path.join("state"), &state).unwrap();
+        assert_eq!(wrong(&agreed(&path, &options)), [format!("Differs section {kind} 0")]);
+    }
 }
 
 #[test]

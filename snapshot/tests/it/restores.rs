@@ -369,12 +369,12 @@ fn sections_and_the_machine_must_fit_each_other() {
     let options = options(dir.path());
     type Change = fn(&mut Manifest);
     let cases: [(&str, Change); 4] = [
-        ("rng", |m| m.machine.rng = false),
-        ("`vcpu` 1", |m| {
+        ("nothing takes `virtio-rng`", |m| m.machine.rng = false),
+        ("`vcpu` of instance `1` is missing", |m| {
             m.machine.vcpus = 2;
             m.machine.deterministic = None;
         }),
-        ("has no place", |m| m.sections[0].kind = "floppy".into()),
+        ("nothing takes `floppy`", |m| m.sections[0].kind = "floppy".into()),
         ("backend", |m| m.machine = MachineInfo { backend: "x".into(), ..m.machine.clone() }),
     ];
     for (expected, change) in cases {

@@ -174,7 +174,8 @@ impl Cpu {
     /// Instructions retired since the first start, kept over a snapshot. An exception that no
     /// instruction asked for (an interrupt, an abort) counts as one.
     pub fn retired(&self) -> u64 {
-        self.retired_base + (self.slice - self.budget) as u64
+        // A saved count may be any: it wraps.
+        self.retired_base.wrapping_add((self.slice - self.budget) as u64)
     }
 
     pub(crate) fn set_retired(&mut self, retired: u64) {

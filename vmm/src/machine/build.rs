@@ -14,6 +14,7 @@ use squib_devices::{
     clock::{Clock, HostClock},
     granules::Unavailable,
     map::{self, Range},
+    memory::GuestRam,
     vmgenid::VmGenIdState,
 };
 use squib_formats::persist::{self, PersistError, Section, Versioned};
@@ -21,7 +22,7 @@ use squib_formats::persist::{self, PersistError, Section, Versioned};
 use super::{
     Control, Machine, Part, chip_error,
     console::{ConsoleInput, Feed, Output},
-    devices,
+    devices::{self, Disks},
     gate::Gate,
     section_name, state_error,
     time::TimeKeeper,
@@ -42,8 +43,10 @@ use crate::{
 /// Sections by kind and instance.
 pub(super) type Sections = BTreeMap<(String, String), Section>;
 
-/// A counter starts at zero and gets nowhere near this: 146 years at one tick a nanosecond.
+/// Where a jump of the counter ends: 146 years at one tick a nanosecond.
 const MOST_TICKS: u64 = 1 << 62;
+/// Binary logarithm of the largest granule of RAM, 4 MiB.
+const COARSEST: u32 = 22;
 const NANOS: u128 = 1_000_000_000;
 
 impl Machine {
@@ -59,17 +62,40 @@ impl Machine {
             return Err(MachineError::MemorySize { size, expected: config.memory });
         }
         let vm = hypervisor::create(&config, &contents.ram)?;
-        Self::assemble_on(vm, config, contents, console)
+        let Contents { ram, disks } = contents;
+        Self::assemble_on(vm, config, ram, &Disks::Open(disks), console)
+    }
+
+    /// Makes the machine that [`restore`](Self::restore) makes, over memory of which nothing is there and disks
+    /// of `sizes` bytes, by id, that nobody can read, gives it `sections`, and drops it. So whatever a restore
+    /// refuses in them is refused here, by the same code. No vCPU runs, no file is opened.
+    pub fn try_restore(
+        config: MachineConfig,
+        sections: Vec<Section>,
+        options: RestoreOptions,
+        sizes: BTreeMap<String, u64>,
+    ) -> Result<(), MachineError> {
+        config.validate()?;
+        let ram = GuestRam::absent(config.memory, COARSEST)
+            .map_err(|source| MachineError::Memory { size: config.memory, source })?;
+        let vm = hypervisor::create(&config, &ram)?;
+        let sink = Box::new(std::io::sink());
+        let machine = Self::assemble_on(vm, config, ram, &Disks::Sizes(sizes), sink)?;
+        // A clone's identity is written to memory.
+        let options = RestoreOptions { identity: Identity::Same, ..options };
+        let sections = machine.sort(sections)?;
+        machine.take_over(sections, options)?;
+        Ok(machine.board.vm.check()?)
     }
 
     /// [`assemble`](Self::assemble) on a backend that was made before.
     pub(super) fn assemble_on(
         vm: Arc<dyn Vm>,
         config: MachineConfig,
-        contents: Contents,
+        ram: GuestRam,
+        disks: &Disks,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
-        let Contents { ram, disks } = contents;
         let counter = vm.counter();
         let clock: Arc<dyn Clock> = match config.deterministic {
             Some(deterministic) => Arc::new(CounterClock {
@@ -246,7 +272,8 @@ impl Machine {
         for index in 0..self.config.vcpus {
             let instance = index.to_string();
             let state = decode::<VcpuState>(&take(VcpuState::KIND, &instance)?)?;
-            self.on_vcpu(index, move |vcpu| vcpu.restore(&state))??;
+            self.on_vcpu(index, move |vcpu| vcpu.restore(&state))?
+                .map_err(|error| chip_error(section_name(VcpuState::KIND, &instance), error))?;
         }
         for Part { instance, device } in &self.devices {
             let section = take(device.kind(), instance)?;
@@ -286,10 +313,7 @@ impl Machine {
             let why = format!("{frequency} Hz, this backend's counter has {here} Hz");
             return Err(PersistError::invalid(TimeState::KIND, "frequency", why));
         }
-        if *counter > MOST_TICKS {
-            let why = format!("{counter} ticks are above {MOST_TICKS}");
-            return Err(PersistError::invalid(TimeState::KIND, "counter", why));
-        }
+        // It may be anywhere, at its end too: it was saved so.
         self.counter.set(*counter);
         self.keeper.set_policy(clock);
         let now = self.clock.wall_ns();

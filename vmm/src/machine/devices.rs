@@ -13,7 +13,9 @@ use squib_devices::{
     serial::Serial,
     virtio::{
         VirtioDevice,
-        block::{Block, BlockConfig, DiskGranules, Execution, FileDisk, TrackedDisk},
+        block::{
+            Block, BlockConfig, Disk, DiskGranules, Execution, FileDisk, SizeOnly, TrackedDisk,
+        },
         mmio::VirtioMmio,
         rng::{Entropy, Rng},
     },
@@ -39,6 +41,14 @@ pub(super) struct Host<'a> {
     pub(super) irq: Arc<dyn IrqChip>,
     pub(super) ram: &'a GuestRam,
     pub(super) clock: &'a Arc<dyn Clock>,
+}
+
+/// What lies behind a machine's disks.
+pub(super) enum Disks {
+    /// Files that are open, by id. Those that are not among them are opened at their paths.
+    Open(BTreeMap<String, Arc<DiskGranules>>),
+    /// Nothing but sizes in bytes, by id: for a machine that never runs.
+    Sizes(BTreeMap<String, u64>),
 }
 
 /// What was built.
@@ -72,11 +82,11 @@ impl Host<'_> {
     }
 }
 
-/// Builds the devices of `config` in their reset state. Disks that are not among `given` are opened.
+/// Builds the devices of `config` in their reset state. Disks that are not among `given` open ones are opened.
 pub(super) fn build(
     config: &MachineConfig,
     host: &Host<'_>,
-    mut given: BTreeMap<String, Arc<DiskGranules>>,
+    given: &Disks,
     output: &Arc<Output>,
     feed: &Arc<Feed>,
 ) -> Result<Built, MachineError> {
@@ -103,16 +113,24 @@ pub(super) fn build(
             Some(_) => Execution::Inline,
             None => Execution::Worker,
         };
-        let granules = match given.remove(&disk.id) {
-            Some(granules) => granules,
-            None => {
-                let file = FileDisk::open(&disk.path, disk.read_only)?;
-                Arc::new(TrackedDisk::granules_of(&disk.id, file, disk.read_only))
+        let backing: Box<dyn Disk> = match given {
+            Disks::Sizes(sizes) => {
+                let size = sizes.get(&disk.id).copied().unwrap_or(0);
+                Box::new(SizeOnly::new(size, &disk.path)?)
+            }
+            Disks::Open(open) => {
+                let granules = match open.get(&disk.id) {
+                    Some(granules) => Arc::clone(granules),
+                    None => {
+                        let file = FileDisk::open(&disk.path, disk.read_only)?;
+                        Arc::new(TrackedDisk::granules_of(&disk.id, file, disk.read_only))
+                    }
+                };
+                disks.push(Arc::clone(&granules));
+                Box::new(TrackedDisk::new(granules))
             }
         };
-        disks.push(Arc::clone(&granules));
-        let tracked = Box::new(TrackedDisk::new(granules));
-        let block = Block::with_disk(&settings, tracked, execution, Arc::clone(host.clock))?;
+        let block = Block::with_disk(&settings, backing, execution, Arc::clone(host.clock))?;
         parts.push(host.virtio(slot, &disk.id, block));
     }
     if config.rng {

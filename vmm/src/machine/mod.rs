@@ -509,7 +509,7 @@ fn section_name(kind: &str, instance: &str) -> String {
     format!("`{kind}` {instance}")
 }
 
-/// Saving or taking over the interrupt chip failed.
+/// Saving or taking over the interrupt chip or a vCPU failed.
 fn chip_error(instance: impl Into<String>, error: HypervisorError) -> MachineError {
     match error {
         HypervisorError::State(source) => state_error(instance, source),

@@ -7,7 +7,10 @@ use squib_devices::{
     virtio::{block::BlockState, rng::RngState},
     vmgenid::VmGenIdState,
 };
-use squib_formats::persist::{PersistError, Section, Versioned};
+use squib_formats::{
+    persist::{PersistError, Section, Versioned},
+    sections::Wanted,
+};
 
 use super::types::TimeState;
 use crate::{
@@ -25,13 +28,27 @@ pub struct Place {
     pub instance: String,
     /// The newest version of the payload that this build reads.
     pub version: u16,
+    /// The longest payload, in bytes.
+    pub longest: u64,
     decode: fn(&Section) -> Result<(), PersistError>,
 }
 
 impl Place {
     fn of<S: Versioned>(instance: impl Into<String>) -> Self {
         let decode = |section: &Section| section.decode::<S>().map(drop);
-        Self { kind: S::KIND, instance: instance.into(), version: S::VERSION, decode }
+        Self {
+            kind: S::KIND,
+            instance: instance.into(),
+            version: S::VERSION,
+            longest: S::LONGEST,
+            decode,
+        }
+    }
+
+    /// What a reader of the snapshot's sections looks for.
+    pub fn wanted(&self) -> Wanted<'_> {
+        let Self { kind, instance, version, longest, decode: _ } = self;
+        Wanted { kind, instance, newest: *version, longest: *longest }
     }
 
     /// Whether `section`, which comes from disk, decodes as the state that belongs here.
@@ -66,15 +83,18 @@ pub fn irq_chip(backend: BackendKind) -> Place {
 
 #[cfg(test)]
 mod tests {
-    use squib_devices::memory::GuestRam;
+    use squib_devices::{map, memory::GuestRam};
 
     use super::*;
     use crate::machine::Machine;
 
     #[test]
     fn the_places_are_those_of_the_sections_that_a_machine_saves() {
-        let config =
-            MachineConfig { memory: 64 << 20, vcpus: 3, ..MachineConfig::new("vm", "/boot/Image") };
+        let config = MachineConfig {
+            memory: 64 << 20,
+            vcpus: map::MAX_VCPUS,
+            ..MachineConfig::new("vm", "/boot/Image")
+        };
         let ram = GuestRam::new(config.memory).unwrap();
         let machine =
             Machine::assemble(config.clone(), ram.into(), Box::new(std::io::sink())).unwrap();
@@ -85,6 +105,8 @@ mod tests {
         assert_eq!(names, saved);
         for (place, section) in places.iter().zip(&sections) {
             place.decodes(section).unwrap();
+            let len = section.payload.len() as u64;
+            assert!(len <= place.longest / 2, "{} of {} bytes", place.kind, len);
         }
     }
 }

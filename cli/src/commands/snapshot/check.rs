@@ -6,9 +6,14 @@ use squib_snapshot::{
     observe::Run,
 };
 
+use squib_vmm::machine::RestoreOptions;
+
 use crate::{
     args::CheckArgs,
-    commands::run::{absolute, backend},
+    commands::{
+        run::{absolute, backend},
+        snapshot::restore::{disk_load, memory_load},
+    },
     events,
     exit::{Code, Result, WithCode},
     home::Home,
@@ -33,6 +38,10 @@ pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
             false => ChangedDisks::Refuse,
         },
         parents: args.chain.parents.clone(),
+        memory: memory_load(args.mode)?,
+        disks: disk_load(args.mode, args.disk_dir.is_some()),
+        overcommit: args.overcommit,
+        machine: RestoreOptions::default(),
         run: Run { observer: &bar, cancel, ..Run::default() },
     };
     let report = examine(&args.dir, &options).map_err(events::failure);

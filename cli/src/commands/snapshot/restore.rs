@@ -9,7 +9,7 @@ use std::{
 use squib_devices::memory::GuestRam;
 use squib_formats::snapshot_dir::Snapshot;
 use squib_snapshot::{
-    ChangedDisks, FormatError, TemplateCache,
+    ChangedDisks, FormatError, MemoryError, TemplateCache,
     boot_files::{BootFileError, BootFiles},
     observe::Run,
     restore::{
@@ -187,20 +187,15 @@ fn options<'a>(
             false => ChangedDisks::Refuse,
         },
         parents: args.chain.parents.clone(),
-        // What is to stay is whole before the guest runs, whatever becomes of this process.
-        disks: match (args.mode, &args.disk_dir) {
-            (ModeArg::Eager, _) | (_, Some(_)) => DiskLoad::Eager,
-            (ModeArg::Lazy | ModeArg::Template, None) => DiskLoad::Lazy,
-        },
+        disks: disk_load(args.mode, args.disk_dir.is_some()),
+        overcommit: args.overcommit,
         memory: match args.mode {
             ModeArg::Lazy if args.record => MemoryLoad::Record,
             ModeArg::Eager | ModeArg::Template if args.record => {
                 let why = "--record needs --mode lazy, which brings memory as the guest touches it";
                 return Err(Failure::new(Code::Usage, anyhow::anyhow!(why)));
             }
-            ModeArg::Eager => MemoryLoad::Eager,
-            ModeArg::Lazy => MemoryLoad::Lazy,
-            ModeArg::Template => MemoryLoad::Template(template_cache()?),
+            mode => memory_load(mode)?,
         },
         machine: machine::RestoreOptions {
             identity: if args.clone { Identity::Clone } else { Identity::Same },
@@ -216,6 +211,24 @@ fn options<'a>(
         },
         run: Run { observer: bar, cancel: events::asked(), ..Run::default() },
     })
+}
+
+/// How memory comes back.
+pub(crate) fn memory_load(mode: ModeArg) -> Result<MemoryLoad> {
+    Ok(match mode {
+        ModeArg::Eager => MemoryLoad::Eager,
+        ModeArg::Lazy => MemoryLoad::Lazy,
+        ModeArg::Template => MemoryLoad::Template(template_cache()?),
+    })
+}
+
+/// How captured disks come back. What is to stay, in a folder of the user's, is whole before the guest runs,
+/// whatever becomes of this process.
+pub(crate) fn disk_load(mode: ModeArg, stay: bool) -> DiskLoad {
+    match (mode, stay) {
+        (ModeArg::Eager, _) | (_, true) => DiskLoad::Eager,
+        (ModeArg::Lazy | ModeArg::Template, false) => DiskLoad::Lazy,
+    }
 }
 
 /// The user's templates.
@@ -284,6 +297,10 @@ fn failure(error: RestoreError) -> Failure {
             let lines = mismatches.iter().map(ToString::to_string).collect();
             return Failure::new(Code::Snapshot, Complaint { what, lines });
         }
+        RestoreError::Room(MemoryError::Data { .. }) => {
+            ": use --mode template, which takes room on the disk instead, or --overcommit at the host's risk"
+        }
+        RestoreError::Room(_) => ": use a host with more memory, or --overcommit at its risk",
         RestoreError::NoSuchDisk { .. } => ": `squib snapshot inspect` lists its disks",
         _ => "",
     };

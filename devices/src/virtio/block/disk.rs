@@ -81,9 +81,7 @@ impl FileDisk {
         let size = file
             .seek(SeekFrom::End(0))
             .map_err(|source| BlockError::Open { path: path.into(), source })?;
-        if size == 0 || size % SECTOR_SIZE != 0 {
-            return Err(BlockError::Size { path: path.into(), size });
-        }
+        check_size(size, path)?;
         Ok(Self { file, size })
     }
 
@@ -102,6 +100,55 @@ impl FileDisk {
             done += part;
         }
         Ok(())
+    }
+}
+
+/// Whether a disk can be of `size` bytes: whole sectors, at least one. `path` names it in the error.
+fn check_size(size: u64, path: &Path) -> Result<(), BlockError> {
+    match size > 0 && size.is_multiple_of(SECTOR_SIZE) {
+        true => Ok(()),
+        false => Err(BlockError::Size { path: path.into(), size }),
+    }
+}
+
+/// A disk of which only the size is known: what a saved state fits to can be told, and no byte can be had.
+#[derive(Clone, Copy, Debug)]
+pub struct SizeOnly(u64);
+
+impl SizeOnly {
+    /// A disk of `size` bytes, which is held to the same rules as a file; `path` names it in errors.
+    pub fn new(size: u64, path: &Path) -> Result<Self, BlockError> {
+        check_size(size, path).map(|()| Self(size))
+    }
+
+    fn no_bytes() -> io::Error {
+        io::Error::new(io::ErrorKind::Unsupported, "only the size of this disk is known")
+    }
+}
+
+impl Disk for SizeOnly {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn read_at(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+        Err(Self::no_bytes())
+    }
+
+    fn write_at(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+        Err(Self::no_bytes())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Err(Self::no_bytes())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(Self::no_bytes())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Err(Self::no_bytes())
     }
 }
 

@@ -21,7 +21,7 @@ use std::{
 use parking_lot::Mutex;
 use squib_formats::persist::{PersistError, Versioned};
 
-pub use disk::{Disk, FileDisk};
+pub use disk::{Disk, FileDisk, SizeOnly};
 use engine::BlockEngine;
 pub use state::BlockState;
 pub use tracked::{DiskGranules, GRANULE_SHIFT, TrackedDisk};

@@ -8,10 +8,17 @@
 //! squib-formats = { workspace = true, features = ["contract"] }
 //! ```
 
+mod fields;
+
+use serde::Serialize;
+
 use crate::persist::{self, Persist, PersistError, Section, Versioned};
 
-/// Positions of a payload that are damaged one by one. A longer payload is sampled at about this
+pub use fields::{Field, Role, fields, length};
+
+/// Positions of a payload at which single bits and bytes are damaged. A longer payload is sampled at about this
 /// many positions, evenly and always the same ones, so that a test of the largest state ends in seconds.
+/// Truncations and whole fields are never sampled.
 pub const MOST_POSITIONS: usize = 3000;
 
 /// Generates a module of tests that hold a [`Persist`] type to the contract.
@@ -101,6 +108,20 @@ macro_rules! persist_contract {
                     fresh, change,
                 );
             }
+
+            #[test]
+            fn every_field_at_its_extremes_restores_whole_or_changes_nothing() {
+                $crate::contract::every_field_at_its_extremes_restores_whole_or_changes_nothing(
+                    fresh, change,
+                );
+            }
+
+            #[test]
+            fn whatever_it_takes_over_it_saves_and_takes_over_again() {
+                $crate::contract::whatever_it_takes_over_it_saves_and_takes_over_again(
+                    fresh, change,
+                );
+            }
         }
     };
 }
@@ -162,7 +183,7 @@ pub fn wrong_kind_version_or_length_is_refused<P: Persist>(
         assert!(matches!(error, PersistError::UnknownVersion { found, .. } if found == version));
     }
     wrong.version = changed.version;
-    for len in positions(changed.payload.len()) {
+    for len in 0..changed.payload.len() {
         wrong.payload = changed.payload[..len].to_vec();
         refused(format!("the payload cut to {len} bytes"), &wrong);
     }
@@ -187,19 +208,110 @@ pub fn a_damaged_payload_restores_whole_or_changes_nothing<P: Persist>(
         if section == good {
             continue;
         }
-        match restore(&mut device, &section) {
-            Err(error) => {
-                assert_named(&error);
-                assert_eq!(save(&device), good, "a refused restore changed the device");
-            }
-            Ok(()) => {
-                let taken = save(&device);
-                restore(&mut device, &taken).expect("what was taken over and saved restores");
-                assert_eq!(save(&device), taken);
-                restore(&mut device, &good).expect("the good state restores after a strange one");
-                assert_eq!(save(&device), good, "something of the strange state was left behind");
+        attempt(&mut device, &good, &section);
+    }
+}
+
+/// Every field of the reset state and of a changed one, by itself, at its least and greatest value (unsigned and
+/// signed), at those beside them and at those beside its own: refused by name, or taken over and saved.
+pub fn every_field_at_its_extremes_restores_whole_or_changes_nothing<P: Persist>(
+    fresh: impl Fn() -> P,
+    change: impl Fn(&mut P),
+) where
+    P::State: Serialize,
+{
+    let (reset, changed) = reset_and_changed(&fresh, &change);
+    for good in [reset, changed] {
+        let mut device = fresh();
+        restore(&mut device, &good).expect("a fresh device takes over a saved state");
+        let state: P::State = good.decode().expect("a saved state decodes");
+        assert_eq!(length(&state), good.payload.len(), "fields are looked for in other places");
+        for field in fields(&state) {
+            for (value, payload) in field.extremes(&good.payload) {
+                let _now = Trying(format!("{} = {value:#x}", field.path));
+                attempt(&mut device, &good, &Section { payload, ..good.clone() });
             }
         }
+    }
+}
+
+/// States that differ from a good one in many fields at once, at their extremes and in between: of those that
+/// the device takes over, each is saved, and what is saved is taken over by a fresh device and saved as it was.
+pub fn whatever_it_takes_over_it_saves_and_takes_over_again<P: Persist>(
+    fresh: impl Fn() -> P,
+    change: impl Fn(&mut P),
+) where
+    P::State: Serialize,
+{
+    const TRIES: u64 = 400;
+    let (_, good) = reset_and_changed(&fresh, &change);
+    let state: P::State = good.decode().expect("a saved state decodes");
+    let numbers: Vec<Field> =
+        fields(&state).into_iter().filter(|field| field.role == Role::Number).collect();
+    let mut random = Random(1);
+    let mut device = fresh();
+    for _ in 0..TRIES {
+        restore(&mut device, &good).expect("the good state restores after a strange one");
+        let (mut taken, mut steps) = (good.clone(), Vec::new());
+        // A state is reached by changes each of which the device takes, so that most are legal.
+        for _ in 0..8 {
+            let field = &numbers[random.below(numbers.len())];
+            let mut next = taken.clone();
+            let value = match field.extremes(&taken.payload) {
+                extremes if random.below(2) == 0 && !extremes.is_empty() => {
+                    let (value, payload) = &extremes[random.below(extremes.len())];
+                    next.payload.clone_from(payload);
+                    *value
+                }
+                _ => {
+                    let value = u128::from(random.next()) << 64 | u128::from(random.next());
+                    let bytes = &value.to_le_bytes()[..field.width];
+                    next.payload[field.offset..field.offset + field.width].copy_from_slice(bytes);
+                    value
+                }
+            };
+            if restore(&mut device, &next).is_ok() {
+                steps.push(format!("{} = {value:#x}", field.path));
+                taken = next;
+            }
+        }
+        let _now = Trying(steps.join(", "));
+        let saved = save(&device);
+        let mut second = fresh();
+        restore(&mut second, &saved).expect("what was taken over and saved restores");
+        assert_eq!(save(&second), saved);
+    }
+}
+
+/// Tries `section` on a device in the state `good`: it is refused by name and nothing changes, or taken over,
+/// and then it can be saved and restored again like any other.
+fn attempt<P: Persist>(device: &mut P, good: &Section, section: &Section) {
+    match restore(device, section) {
+        Err(error) => {
+            assert_named(&error);
+            assert_eq!(save(device), *good, "a refused restore changed the device");
+        }
+        Ok(()) => {
+            let taken = save(device);
+            restore(device, &taken).expect("what was taken over and saved restores");
+            assert_eq!(save(device), taken);
+            restore(device, good).expect("the good state restores after a strange one");
+            assert_eq!(save(device), *good, "something of the strange state was left behind");
+        }
+    }
+}
+
+/// Numbers that are the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0.rotate_left(32) ^ self.0
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() >> 33) as usize % end
     }
 }
 
@@ -311,6 +423,7 @@ mod tests {
         ChangesBeforeItChecks,
         KeepsOldValue,
         SavesNoValue,
+        SavesMoreThanItTakes,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -328,7 +441,8 @@ mod tests {
             let Self { value, level, fault } = self;
             assert!(*level <= 4, "a latch at level {level}");
             let value = if *fault == Fault::SavesNoValue { 0 } else { *value };
-            Ok(LatchState { value, level: *level })
+            let above = *fault == Fault::SavesMoreThanItTakes && *level == 1;
+            Ok(LatchState { value, level: level + 4 * u8::from(above) })
         }
 
         fn restore(&mut self, state: LatchState) -> Result<(), PersistError> {
@@ -370,6 +484,15 @@ mod tests {
         }));
         assert!(breaks(Fault::KeepsOldValue, |fresh, change| {
             a_restored_device_saves_equal_bytes(fresh, change)
+        }));
+        assert!(breaks(Fault::TakesAnyLevel, |fresh, change| {
+            every_field_at_its_extremes_restores_whole_or_changes_nothing(fresh, change)
+        }));
+        assert!(breaks(Fault::KeepsOldValue, |fresh, change| {
+            every_field_at_its_extremes_restores_whole_or_changes_nothing(fresh, change)
+        }));
+        assert!(breaks(Fault::SavesMoreThanItTakes, |fresh, change| {
+            whatever_it_takes_over_it_saves_and_takes_over_again(fresh, change)
         }));
         assert!(breaks(Fault::SavesNoValue, |fresh, change| {
             a_changed_device_saves_different_bytes(fresh, change)
