@@ -10,7 +10,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::Parser;
-use squib_tests::versus::{boot::boot, python::python, snapshot};
+use squib_tests::{
+    debian::{self, Program},
+    versus::{boot::boot, python::python, snapshot},
+};
 
 /// Compares squib with QEMU.
 #[derive(Parser)]
@@ -24,8 +27,11 @@ enum Args {
         #[arg(long, default_value_t = 5.0)]
         most: f64,
     },
-    /// Runs `tests/guest/checks.py` on the Debian root file system under both and compares.
+    /// Runs a program of `tests/guest` on the Debian root file system under both and compares.
     Python {
+        /// Which program.
+        #[arg(long, value_enum, default_value_t = Guest::Checks)]
+        program: Guest,
         /// Keeps what QEMU's guest printed.
         #[arg(long)]
         record: Option<PathBuf>,
@@ -34,10 +40,28 @@ enum Args {
     Snapshot(snapshot::Args),
 }
 
+/// A program of `tests/guest`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Guest {
+    /// What Python computes.
+    Checks,
+    /// What debuggers see.
+    Debug,
+}
+
+impl Guest {
+    fn program(self) -> &'static Program {
+        match self {
+            Self::Checks => &debian::CHECKS,
+            Self::Debug => &debian::DEBUG,
+        }
+    }
+}
+
 fn main() -> Result<ExitCode> {
     match Args::parse() {
         Args::Boot { runs, most } => boot(runs.max(1), most),
-        Args::Python { record } => python(record.as_deref()),
+        Args::Python { program, record } => python(program.program(), record.as_deref()),
         Args::Snapshot(args) => snapshot::run(&args),
     }
 }

@@ -1,4 +1,4 @@
-//! `tests/guest/checks.py` on the Debian root file system.
+//! `tests/guest/*.py` on the Debian root file system.
 
 use std::{fs, path::Path, process::ExitCode, time::Instant};
 
@@ -6,21 +6,21 @@ use anyhow::{Context, Result};
 use squib::kit::Kit;
 
 use super::{PATIENCE, console_qemu, end, fetch, read_until};
-use crate::debian;
+use crate::debian::{self, Program};
 
-/// Runs the checks under both and compares every line; `record` keeps what QEMU's guest printed.
-pub fn python(record: Option<&Path>) -> Result<ExitCode> {
+/// Runs `program` under both and compares every line; `record` keeps what QEMU's guest printed.
+pub fn python(program: &Program, record: Option<&Path>) -> Result<ExitCode> {
     let kit = fetch(true)?;
     let folder = tempfile::tempdir()?;
-    let disks = debian::Disks::make(&kit, folder.path())?;
+    let disks = debian::Disks::make(&kit, program, folder.path())?;
     let start = Instant::now();
-    let theirs = qemu_python(&kit, &disks)?;
+    let theirs = qemu_python(&kit, program, &disks)?;
     let qemu_took = start.elapsed();
     if let Some(path) = record {
         fs::write(path, &theirs).with_context(|| format!("{}", path.display()))?;
     }
     let start = Instant::now();
-    let ours = debian::run_checks(&kit, &disks, 1, PATIENCE)?;
+    let ours = debian::run(&kit, program, &disks, 1, PATIENCE)?;
     let squib_took = start.elapsed();
     println!(
         "qemu {:.1} s, squib {:.1} s, ratio {:.2}",
@@ -37,9 +37,9 @@ pub fn python(record: Option<&Path>) -> Result<ExitCode> {
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn qemu_python(kit: &Kit, disks: &debian::Disks) -> Result<String> {
-    let mut qemu = console_qemu(kit, debian::CHECKS_CMDLINE, &[&disks.root, &disks.script])?;
-    let text = read_until(&mut qemu, debian::CHECKS_END);
+fn qemu_python(kit: &Kit, program: &Program, disks: &debian::Disks) -> Result<String> {
+    let mut qemu = console_qemu(kit, debian::CMDLINE, &[&disks.root, &disks.script])?;
+    let text = read_until(&mut qemu, program.ends);
     end(&mut qemu);
-    debian::checks_in(&text?)
+    program.lines_in(&text?)
 }
