@@ -163,6 +163,22 @@ pub(crate) struct DemoArgs {
 pub(crate) enum KitCommand {
     /// Download and build what is not in the cache yet, and print the paths.
     Fetch(FetchArgs),
+    /// Print the path of a file of the kit in the cache.
+    Path {
+        /// Which file.
+        #[arg(value_enum)]
+        file: KitFile,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KitFile {
+    /// The kernel.
+    Kernel,
+    /// The initial RAM file system.
+    Initrd,
+    /// The Debian root file system.
+    Rootfs,
 }
 
 #[derive(Debug, Args)]

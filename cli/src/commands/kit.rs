@@ -1,9 +1,9 @@
 //! `squib kit`.
 
 use crate::{
-    args::{FetchArgs, KitCommand},
+    args::{FetchArgs, KitCommand, KitFile},
     events::end_on_signal,
-    exit::{Code, Result, WithCode},
+    exit::{Code, Failure, Result, WithCode},
     kit::{self, FetchOptions, Kit},
     output::{Spinner, line, print_json},
 };
@@ -11,7 +11,22 @@ use crate::{
 pub(crate) fn kit(command: KitCommand) -> Result<Code> {
     match command {
         KitCommand::Fetch(args) => fetch(args),
+        KitCommand::Path { file } => path(file),
     }
+}
+
+fn path(file: KitFile) -> Result<Code> {
+    let missing = |fetch: &str| {
+        Failure::new(Code::Failed, anyhow::anyhow!("not in the cache: `squib kit {fetch}` makes it"))
+    };
+    let kit = Kit::cached().code(Code::Failed)?.ok_or_else(|| missing("fetch"))?;
+    let path = match file {
+        KitFile::Kernel => kit.kernel,
+        KitFile::Initrd => kit.initrd,
+        KitFile::Rootfs => kit.rootfs.ok_or_else(|| missing("fetch --rootfs"))?,
+    };
+    line!("{}", path.display());
+    Ok(Code::Done)
 }
 
 fn fetch(args: FetchArgs) -> Result<Code> {
