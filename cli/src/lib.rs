@@ -29,7 +29,7 @@ pub fn main() -> ExitCode {
     let started = Instant::now();
     let code = match args::Cli::try_parse() {
         Ok(cli) => command(cli.command, started),
-        Err(refused) => refuse(&refused),
+        Err(mut refused) => refuse(&mut refused),
     };
     // Whatever way a command took out.
     console::restore_terminal();
@@ -48,6 +48,7 @@ pub fn command_line() -> clap::Command {
 
 fn command(command: args::Command, started: Instant) -> Code {
     log::start();
+    let json = command.is_json();
     let done = match command {
         args::Command::Run(args) => commands::run::run(args, started),
         args::Command::Snapshot(command) => commands::snapshot::snapshot(command, started),
@@ -59,6 +60,9 @@ fn command(command: args::Command, started: Instant) -> Code {
     };
     done.unwrap_or_else(|failure| {
         console::restore_terminal();
+        if json {
+            output::print_error(&failure);
+        }
         // Its text may have several lines.
         console::message(&format!("squib: {failure}\n"));
         failure.code
@@ -66,10 +70,14 @@ fn command(command: args::Command, started: Instant) -> Code {
 }
 
 /// Prints help, the version, or what is wrong with the command line.
-fn refuse(refused: &clap::Error) -> Code {
+fn refuse(refused: &mut clap::Error) -> Code {
+    args::check_suggestion(refused);
     #[expect(clippy::disallowed_methods, reason = "clap prints through the library's own buffer")]
     let printed = refused.print().and_then(|()| std::io::stdout().flush());
     if refused.use_stderr() {
+        if let Some(advice) = args::advice(refused) {
+            output::say!("squib: {advice}");
+        }
         // A message has no other place to go.
         return Code::Usage;
     }

@@ -12,6 +12,7 @@ use squib_snapshot::observe::{Observer, Phase};
 pub(crate) use self::writer::{Stdout, bound_messages, finish, keep_error, message, result};
 use crate::{
     capture::step_name,
+    exit::Failure,
     plain::{plain_json, plain_line},
 };
 
@@ -131,6 +132,22 @@ pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
     json.push('\n');
     result(&plain_json(&json));
     Ok(())
+}
+
+/// Writes the failure of a command that prints JSON as a JSON object.
+pub(crate) fn print_error(failure: &Failure) {
+    #[derive(Serialize)]
+    struct Error {
+        error: Inner,
+    }
+    #[derive(Serialize)]
+    struct Inner {
+        exit_code: u8,
+        message: String,
+    }
+    let inner = Inner { exit_code: failure.code.number(), message: failure.to_string() };
+    // A number and a string have a JSON form; errors of the output are kept for the end.
+    let _ = print_json(&Error { error: inner });
 }
 
 /// Bytes for people: "1.5 MiB".

@@ -87,7 +87,7 @@ impl Timings {
     fn show(&self, format: TimingsFormat) -> String {
         if format == TimingsFormat::Json {
             let json = serde_json::to_string(self).expect("numbers and strings have a JSON form");
-            return format!("{}{json}", Self::MARK);
+            return json;
         }
         let mut lines = phase_lines(&self.phases);
         for (name, at) in [
@@ -102,8 +102,10 @@ impl Timings {
         lines.join("\n")
     }
 
-    /// What a line of JSON on stderr begins with, so that it can be told from messages.
-    pub(crate) const MARK: &str = "squib-timings: ";
+    /// The timings in a line of stderr, if it is one of [`TimingsFormat::Json`]: a message is no JSON object.
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        serde_json::from_str(line).ok()
+    }
 }
 
 /// A line for each phase.

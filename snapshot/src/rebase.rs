@@ -32,8 +32,8 @@ pub struct Rebased {
     pub stored: u64,
 }
 
-/// Writes the state of the snapshot at `path` as a difference to the one at `onto`, to `output`, where nothing
-/// may be. What either builds on may be in `parents`. The two need not be related; the less they have in
+/// Writes the state of the snapshot at `path` as a difference to the one at `onto`, to `output`, which
+/// may not be what either builds on. What either builds on may be in `parents`. The two need not be related; the less they have in
 /// common, the more is stored. Every chunk is verified on its way, and every image of the new snapshot has the
 /// digest of the old one, if that was not of an older format.
 pub fn rebase(
@@ -41,6 +41,7 @@ pub fn rebase(
     parents: &[PathBuf],
     onto: &Path,
     output: &Path,
+    existing: Existing,
     durability: Durability,
     run: &Run<'_>,
 ) -> Result<Rebased, FormatError> {
@@ -54,7 +55,7 @@ pub fn rebase(
     if links > MAX_CHAIN {
         return Err(FormatError::ChainTooLong { path: output.to_owned() });
     }
-    let (id, stored) = rewrite(&snapshot, Some(&parent), output, durability, run)?;
+    let (id, stored) = rewrite(&snapshot, Some(&parent), (output, existing), durability, run)?;
     Ok(Rebased { id, parent: parent.id(), links, stored })
 }
 
@@ -63,13 +64,13 @@ pub fn rebase(
 pub(crate) fn rewrite(
     snapshot: &Snapshot,
     parent: Option<&Snapshot>,
-    output: &Path,
+    (output, existing): (&Path, Existing),
     durability: Durability,
     run: &Run<'_>,
 ) -> Result<(Digest, u64), FormatError> {
     let manifest = snapshot.manifest();
     let sections = Sections::read(snapshot)?.into_rest();
-    let mut staging = Staging::new(output, Existing::Refuse)?;
+    let mut staging = Staging::new(output, existing)?;
     staging.durability(durability);
     let sections = write_sections(&mut staging, &sections)?;
     copy_boot_files(&mut staging, snapshot)?;

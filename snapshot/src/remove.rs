@@ -174,7 +174,7 @@ fn hold(path: &Path, how: FlockOperation) -> rustix::io::Result<OwnedFd> {
 }
 
 /// What a refusal says of the snapshots that are in the way.
-pub(crate) fn needed(dependents: &[Dependent]) -> String {
+pub fn needed(dependents: &[Dependent]) -> String {
     let one = |dependent: &Dependent| {
         let through = if dependent.distance > 1 { " (through others)" } else { "" };
         format!("{}{through}", dependent.path.display())

@@ -92,7 +92,7 @@ pub enum OptimizeError {
 pub fn optimize(
     path: &Path,
     parents: &[PathBuf],
-    output: Option<&Path>,
+    output: Option<(&Path, Existing)>,
     children: &[PathBuf],
     durability: Durability,
     run: &Run<'_>,
@@ -103,7 +103,7 @@ pub fn optimize(
         return Err(OptimizeError::NoWorkingSet { path: path.to_owned() });
     };
     let mut staging = match output {
-        Some(output) => Staging::new(output, Existing::Refuse)?,
+        Some((output, existing)) => Staging::new(output, existing)?,
         None => {
             let dependents = dependents(path, children)?;
             if !dependents.is_empty() {
@@ -117,7 +117,7 @@ pub fn optimize(
         reorder_snapshot(staging, &snapshot, working_set.chunks(), control)
     })?;
     // The snapshot is there; without its advice it is only slower.
-    let written = Snapshot::open(output.unwrap_or(path))?;
+    let written = Snapshot::open(output.map_or(path, |(output, _)| output))?;
     // An older format has other image digests.
     let image = written.manifest().image(MEMORY_IMAGE)?;
     WorkingSet::new(image, working_set.chunks().to_vec())?.write(&written)?;

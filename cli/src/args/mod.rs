@@ -1,5 +1,6 @@
 //! The command line.
 
+mod advice;
 mod snapshot;
 mod values;
 
@@ -7,7 +8,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use self::{snapshot::*, values::*};
+pub(crate) use self::{
+    advice::{advice, check_suggestion},
+    snapshot::*,
+    values::*,
+};
 use crate::exit;
 
 /// Boot, snapshot and restore aarch64 Linux microVMs.
@@ -37,6 +42,21 @@ pub(crate) enum Command {
     Ps(PsArgs),
     /// Say what of this machine squib can use, what is missing, and what to do about it.
     Doctor(DoctorArgs),
+}
+
+impl Command {
+    /// Whether the command was asked to print JSON.
+    pub(crate) fn is_json(&self) -> bool {
+        match self {
+            Self::Run(_) | Self::Kit(KitCommand::Path { .. }) => false,
+            Self::Snapshot(command) => command.is_json(),
+            Self::Digest(args) => args.json,
+            Self::Demo(args) => args.json,
+            Self::Kit(KitCommand::Fetch(args)) => args.json,
+            Self::Ps(args) => args.json,
+            Self::Doctor(args) => args.json,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -34,6 +34,26 @@ pub(crate) enum SnapshotCommand {
     Cache(CacheCommand),
 }
 
+impl SnapshotCommand {
+    /// Whether the command was asked to print JSON.
+    pub(super) fn is_json(&self) -> bool {
+        match self {
+            Self::Restore(_) => false,
+            Self::Create(args) => args.json,
+            Self::Inspect(args) => args.json,
+            Self::Verify(args) => args.json,
+            Self::Flatten(args) => args.json,
+            Self::Diff(args) => args.json,
+            Self::Check(args) => args.json,
+            Self::Rebase(args) => args.json,
+            Self::Rm(args) => args.json,
+            Self::Optimize(args) => args.json,
+            Self::Cache(CacheCommand::Ls(args)) => args.json,
+            Self::Cache(CacheCommand::Prune(args)) => args.json,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct CreateArgs {
     /// The VM's name, or the path of its control socket (with a `/` in it).
@@ -74,7 +94,7 @@ pub(crate) struct CreateArgs {
     /// Threads that hash and compress [default: all cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<std::num::NonZeroUsize>,
-    /// Replace a snapshot that is there.
+    /// Replace a snapshot that is there, unless others build on it.
     #[arg(long)]
     pub(crate) force: bool,
     /// What is synced to the storage before the snapshot is called safe.
@@ -205,6 +225,12 @@ pub(crate) struct FlattenArgs {
     /// What is synced to the storage before the snapshot is called safe.
     #[arg(long, value_enum, default_value_t = Durability::Full)]
     pub(crate) durability: Durability,
+    /// Replace a snapshot that is at the output, unless others build on it.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -267,6 +293,12 @@ pub(crate) struct RebaseArgs {
     /// What is synced to the storage before the snapshot is called safe.
     #[arg(long, value_enum, default_value_t = Durability::Full)]
     pub(crate) durability: Durability,
+    /// Replace a snapshot that is at the output, unless others build on it.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -281,6 +313,12 @@ pub(crate) struct OptimizeArgs {
     /// What is synced to the storage before the snapshot is called safe.
     #[arg(long, value_enum, default_value_t = Durability::Full)]
     pub(crate) durability: Durability,
+    /// Replace a snapshot that is at the output, unless others build on it.
+    #[arg(long, requires = "output")]
+    pub(crate) force: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -17,7 +17,10 @@ pub(crate) fn kit(command: KitCommand) -> Result<Code> {
 
 fn path(file: KitFile) -> Result<Code> {
     let missing = |fetch: &str| {
-        Failure::new(Code::Failed, anyhow::anyhow!("not in the cache: `squib kit {fetch}` makes it"))
+        Failure::new(
+            Code::Failed,
+            anyhow::anyhow!("not in the cache: `squib kit {fetch}` makes it"),
+        )
     };
     let kit = Kit::cached().code(Code::Failed)?.ok_or_else(|| missing("fetch"))?;
     let path = match file {

@@ -116,10 +116,13 @@ impl Apt {
         fs::write(&list, format!("{}\n", self.source)).map_err(|e| KitError::io(&list, e))?;
         // apt-get ends with success when nothing could be fetched, and with failure when a hook of
         // the machine's own did not like it: what counts is whether the package is known afterwards.
-        let update = self.run("apt-get", &["-q", "update"]);
-        match self.field(super::KERNEL_PACKAGE, "Version") {
-            Ok(_) => Ok(()),
-            Err(missing) => Err(update.err().unwrap_or(missing)),
+        let update = self.run("apt-get", &["-q", "-o", "APT::Update::Error-Mode=any", "update"]);
+        match (self.field(super::KERNEL_PACKAGE, "Version"), update) {
+            (Ok(_), _) => Ok(()),
+            (Err(_), Err(KitError::Tool { complaint, .. })) if is_unreachable(&complaint) => {
+                Err(KitError::Unreachable { source_line: self.source.clone(), complaint })
+            }
+            (Err(missing), update) => Err(update.err().unwrap_or(missing)),
         }
     }
 
@@ -154,6 +157,21 @@ impl Apt {
         }
         command
     }
+}
+
+/// Whether apt complains that it cannot reach the archive.
+fn is_unreachable(complaint: &str) -> bool {
+    const SAID: [&str; 8] = [
+        "Could not resolve",
+        "Could not connect",
+        "Cannot initiate the connection",
+        "Unable to connect",
+        "Temporary failure resolving",
+        "Connection failed",
+        "Connection refused",
+        "Connection timed out",
+    ];
+    SAID.iter().any(|said| complaint.contains(said))
 }
 
 /// One package at one version.

@@ -5,6 +5,7 @@
 #   root=DEVICE   mount that ext4 file system and run its /sbin/init (or init=PATH); `ro` mounts it read-only,
 #                 and what stands behind `--` are its arguments
 #   squib.clock=keep  leave the wall clock alone when the RTC has gone ahead (see squib-clock)
+#   squib.size=ROWSxCOLUMNS  the size of the terminal behind the console, which a serial line does not tell
 #   squib.demo    the job of `squib demo`: fill the disk, count, answer commands
 # Without them: a shell on the console, which powers the machine off when it ends.
 
@@ -17,7 +18,7 @@ mount -t devpts devpts /dev/pts
 
 while read -r module; do insmod "$module"; done < /lib/modules/squib-boot
 
-root= init=/sbin/init mode=rw job=shell clock=rtc
+root= init=/sbin/init mode=rw job=shell clock=rtc size=
 read -r cmdline < /proc/cmdline
 for word in $cmdline; do
     case $word in
@@ -25,11 +26,13 @@ for word in $cmdline; do
         init=*) init=${word#init=} ;;
         ro) mode=ro ;;
         squib.clock=*) clock=${word#squib.clock=} ;;
+        squib.size=*) size=${word#squib.size=} ;;
         squib.demo) job=demo ;;
     esac
 done
 read -r console < /sys/class/tty/console/active
 console=/dev/${console##* }
+[ -n "$size" ] && busybox stty -F "$console" rows "${size%x*}" columns "${size#*x}"
 
 wait_for() {
     tries=0

@@ -154,6 +154,17 @@ pub enum KitError {
         /// The apt source line.
         source_line: String,
     },
+    /// The archive cannot be reached.
+    #[error(
+        "the Debian archive cannot be reached ({source_line}): {complaint}\n\
+         Check the network and the proxy (http_proxy), or name another archive with --mirror URL"
+    )]
+    Unreachable {
+        /// The apt source line.
+        source_line: String,
+        /// What apt said.
+        complaint: String,
+    },
     /// Debian's archive keys could not be had.
     #[error("no Debian archive keys: install the package debian-archive-keyring")]
     NoKeyring {

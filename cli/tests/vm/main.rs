@@ -1,5 +1,6 @@
 //! The commands as a user runs them, with the tiny guest in them.
 
+mod answers;
 mod common;
 mod console;
 mod faults;

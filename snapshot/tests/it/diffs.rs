@@ -62,7 +62,9 @@ fn a_difference_and_a_full_snapshot_of_one_state_have_equal_digests() {
     assert_eq!(digests(&at("4")), digests(&at("full")));
     verify(&at("4"), &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
 
-    let made = flatten(&at("4"), &[], &at("flat"), Durability::None, &Run::default()).unwrap();
+    let made =
+        flatten(&at("4"), &[], &at("flat"), Existing::Refuse, Durability::None, &Run::default())
+            .unwrap();
     assert_eq!(made.links, 5);
     let flat = Snapshot::open(&at("flat")).unwrap();
     assert_eq!((flat.manifest().parent, flat.header().minor), (None, squib_formats::header::MINOR));
@@ -180,7 +182,8 @@ fn a_difference_without_its_parent_says_which_one_it_needs() {
     let error = verify(&b, &[], Control::default()).unwrap_err().to_string();
     assert!(error.contains(&id.to_string()), "{error}");
     let flat = dir.path().join("flat");
-    let error = flatten(&b, &[], &flat, Durability::None, &Run::default()).unwrap_err();
+    let error =
+        flatten(&b, &[], &flat, Existing::Refuse, Durability::None, &Run::default()).unwrap_err();
     assert!(matches!(error, FormatError::MissingParent { id: named, .. } if named == id));
     assert!(!flat.exists());
     let error = capture(&guest, &dir.path().join("c"), &options(Some(b.clone()))).unwrap_err();
@@ -188,7 +191,7 @@ fn a_difference_without_its_parent_says_which_one_it_needs() {
 
     let places = [away.path().to_owned()];
     verify(&b, &places, Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
-    flatten(&b, &places, &flat, Durability::None, &Run::default()).unwrap();
+    flatten(&b, &places, &flat, Existing::Refuse, Durability::None, &Run::default()).unwrap();
     assert_eq!(digests(&flat), digests(&b));
 }
 

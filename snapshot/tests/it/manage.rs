@@ -162,8 +162,16 @@ fn a_rebased_snapshot_is_the_same_state_on_another_parent() {
         [("c", "x", 2), ("x", "c", 4), ("c", "b", 3), ("a", "a", 2)].into_iter().enumerate()
     {
         let output = at(&format!("out{round}"));
-        let made =
-            rebase(&at(from), &[], &at(onto), &output, Durability::None, &Run::default()).unwrap();
+        let made = rebase(
+            &at(from),
+            &[],
+            &at(onto),
+            &output,
+            Existing::Refuse,
+            Durability::None,
+            &Run::default(),
+        )
+        .unwrap();
         assert_eq!(made.links, links, "{from} onto {onto}");
         let (old, new) = (Snapshot::open(&at(from)).unwrap(), Snapshot::open(&output).unwrap());
         assert_eq!(new.manifest().parent, Some(Snapshot::open(&at(onto)).unwrap().id()));
@@ -198,7 +206,8 @@ fn a_rebase_that_fails_leaves_nothing() {
     let before = names();
     let run = Run::default();
     let onto = |from: &str, onto: &str, to: &str, run: &Run<'_>| {
-        rebase(&at(from), &[], &at(onto), &at(to), Durability::None, run).unwrap_err()
+        rebase(&at(from), &[], &at(onto), &at(to), Existing::Refuse, Durability::None, run)
+            .unwrap_err()
     };
     assert!(matches!(onto("c", "x", "a", &run), FormatError::Exists { .. }));
     assert!(matches!(onto("c", "root", "out", &run), FormatError::NotASnapshot { .. }));

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::symlink, path::Path};
 use rustix::fs::{CWD, Mode};
 use squib_formats::{digest::Digest, error::FormatError, manifest::Manifest};
 use squib_snapshot::{
-    ChangedDisks,
+    ChangedDisks, Existing,
     flatten::flatten,
     observe::Run,
     restore::{DiskError, RestoreError},
@@ -149,7 +149,8 @@ fn a_hint_at_a_parent_leads_to_nothing_but_the_snapshot_of_that_id() {
         let damage = verify(&snapshot, &[], Default::default()).err().unwrap();
         assert!(damage.0.iter().any(missing), "{hint}: {damage}");
         let (output, how) = (dir.path().join("full"), Default::default());
-        let error = flatten(&snapshot, &[], &output, how, &Run::default()).err().unwrap();
+        let error =
+            flatten(&snapshot, &[], &output, Existing::Refuse, how, &Run::default()).err().unwrap();
         assert!(missing(&error), "{hint}: {error}");
         assert!(!output.exists());
     }

@@ -20,7 +20,7 @@ use rustix::{
 use squib_formats::{
     image::{Control, ImageReader, Record},
     layer::{Layer, Real},
-    publish::Durability,
+    publish::{Durability, Existing},
     snapshot_dir::Snapshot,
     verify::verify,
 };
@@ -290,7 +290,7 @@ fn a_difference_to_a_snapshot_with_a_cloned_disk_stores_what_has_changed() {
     assert!(read(&restored, 0, SIZE) == expected);
 
     let flat = dir.path().join("flat");
-    flatten(&diff, &[], &flat, Durability::None, &Run::default()).unwrap();
+    flatten(&diff, &[], &flat, Existing::Refuse, Durability::None, &Run::default()).unwrap();
     verify(&flat, &[], Control::default()).unwrap();
     assert!(!is_raw(&flat) && captured_bytes(&flat) == expected);
 }

@@ -185,9 +185,9 @@ impl Shared {
     fn read_messages(&self, stderr: impl Read) {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
             let mut log = self.lock();
-            match line.strip_prefix(Timings::MARK).map(serde_json::from_str) {
-                Some(Ok(timings)) => log.timings = Some(timings),
-                _ => log.messages.push(line),
+            match Timings::parse(&line) {
+                Some(timings) => log.timings = Some(timings),
+                None => log.messages.push(line),
             }
             drop(log);
             self.changed.notify_all();

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::termios::{isatty, tcgetwinsize};
 use squib_vmm::config::{DiskConfig, default_cmdline};
 
 use super::absolute;
@@ -41,7 +42,7 @@ impl Boot {
         };
         let Some(kit) = kit else {
             let kernel = named.ok_or_else(no_kernel)?;
-            let cmdline = || default_cmdline(initrd.is_some(), disks);
+            let cmdline = || default_cmdline(initrd.is_some(), disks) + &terminal_size();
             let cmdline = args.cmdline.clone().unwrap_or_else(cmdline);
             return Ok(Self { kernel, initrd, cmdline });
         };
@@ -52,13 +53,22 @@ impl Boot {
         };
         say!("squib: taking the guest kit's {taken}");
         let initrd_is_the_kits = initrd.is_none();
-        let cmdline = || match initrd_is_the_kits {
-            // It mounts what `root=` names and runs its init, or is a shell.
-            true => default_cmdline(false, disks),
-            false => default_cmdline(true, disks),
-        };
+        // The kit's initrd mounts what `root=` names and runs its init, or is a shell.
+        let cmdline = || default_cmdline(!initrd_is_the_kits, disks) + &terminal_size();
         let cmdline = args.cmdline.clone().unwrap_or_else(cmdline);
         Ok(Self { kernel: kit.kernel, initrd: Some(initrd.unwrap_or(kit.initrd)), cmdline })
+    }
+}
+
+/// The word of the kernel command line that tells the guest kit how large the terminal is: a serial line does
+/// not. Nothing where there is no terminal.
+fn terminal_size() -> String {
+    let (input, output) = (rustix::stdio::stdin(), rustix::stdio::stdout());
+    match tcgetwinsize(output) {
+        Ok(size) if isatty(input) && size.ws_row > 0 && size.ws_col > 0 => {
+            format!(" squib.size={}x{}", size.ws_row, size.ws_col)
+        }
+        _ => String::new(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! What the guest needs first.
 
+use squib_snapshot::Existing;
+
 use super::*;
 
 #[test]
@@ -35,7 +37,9 @@ fn a_working_set_narrows_down_and_comes_first_in_the_file_after_optimize() {
 
     let options = Run::default();
     let other = dir.path().join("optimized");
-    let made = optimize(&path, &[], Some(&other), &[], Durability::Full, &options).unwrap();
+    let made =
+        optimize(&path, &[], Some((&other, Existing::Refuse)), &[], Durability::Full, &options)
+            .unwrap();
     assert_eq!(made.first, second.common);
     assert_eq!(image_digest(&other), image_digest(&path));
     assert_eq!(sections(&other), sections(&path));
