@@ -245,19 +245,30 @@ impl MachineConfig {
         }
     }
 
+    /// Whether a machine can have so many bytes of memory.
+    pub fn check_memory(memory: u64) -> Result<(), ConfigError> {
+        let fits = (map::RAM_MIN..=MEMORY_MAX).contains(&memory);
+        match fits && memory.is_multiple_of(MEMORY_STEP) {
+            true => Ok(()),
+            false => Err(ConfigError::Memory { memory }),
+        }
+    }
+
+    /// Whether a machine can have so many vCPUs.
+    pub fn check_vcpus(vcpus: u32) -> Result<(), ConfigError> {
+        match (1..=map::MAX_VCPUS).contains(&vcpus) {
+            true => Ok(()),
+            false => Err(ConfigError::Vcpus { vcpus }),
+        }
+    }
+
     /// Checks everything that can be checked without touching the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !is_name(&self.name, NAME_MAX) {
             return Err(ConfigError::Name { name: self.name.clone() });
         }
-        if !(map::RAM_MIN..=MEMORY_MAX).contains(&self.memory)
-            || !self.memory.is_multiple_of(MEMORY_STEP)
-        {
-            return Err(ConfigError::Memory { memory: self.memory });
-        }
-        if !(1..=map::MAX_VCPUS).contains(&self.vcpus) {
-            return Err(ConfigError::Vcpus { vcpus: self.vcpus });
-        }
+        Self::check_memory(self.memory)?;
+        Self::check_vcpus(self.vcpus)?;
         if self.cmdline.len() >= CMDLINE_MAX {
             return Err(ConfigError::CmdlineLength { length: self.cmdline.len() });
         }

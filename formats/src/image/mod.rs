@@ -29,7 +29,7 @@ mod write;
 use std::{
     io,
     num::NonZeroUsize,
-    ops::Range,
+    ops::{Range, RangeInclusive},
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -56,6 +56,8 @@ pub const MAX_CHUNK_SIZE: u32 = 4 << 20;
 pub const MAX_SIZE: u64 = 16 << 40;
 /// Granularity of a patch in bytes: the guest's smallest page.
 pub const PAGE_SIZE: usize = 4096;
+/// Most worker threads of an operation. Each holds up to 16 MiB.
+pub const MAX_THREADS: usize = 256;
 /// The zstd level of the frames unless a writer is told otherwise.
 pub const LEVEL: i32 = 1;
 
@@ -135,7 +137,7 @@ impl Progress for () {
 /// How a long operation runs: threads, progress, and a way to stop it.
 #[derive(Clone, Copy)]
 pub struct Control<'a> {
-    /// Worker threads.
+    /// Worker threads; more than [`MAX_THREADS`] count as so many.
     pub threads: NonZeroUsize,
     /// Told how far it is.
     pub progress: &'a dyn Progress,
@@ -153,6 +155,11 @@ impl Default for Control<'_> {
 }
 
 impl Control<'_> {
+    /// How many worker threads there are to be.
+    fn workers(&self) -> u64 {
+        self.threads.get().min(MAX_THREADS) as u64
+    }
+
     /// The error of a cancelled operation if the caller asked to stop.
     pub fn check(&self) -> Result<(), FormatError> {
         match self.cancel.load(Ordering::Relaxed) {
@@ -165,6 +172,11 @@ impl Control<'_> {
 /// Whether `size` can be a chunk size: a power of two from [`MIN_CHUNK_SIZE`] to [`MAX_CHUNK_SIZE`].
 pub fn is_chunk_size(size: u32) -> bool {
     size.is_power_of_two() && (MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&size)
+}
+
+/// The levels that zstd has.
+pub fn levels() -> RangeInclusive<i32> {
+    zstd::compression_level_range()
 }
 
 /// Whether all bytes are zero.

@@ -28,47 +28,58 @@ pub(super) fn run_in_order<W, T: Send>(
     work: impl Fn(&mut W, &Batch) -> Result<T, FormatError> + Sync,
     mut take: impl FnMut(&Batch, T) -> Result<u64, FormatError>,
 ) -> Result<(), FormatError> {
-    let line = Line::new(plan, control.threads.get() as u64 * AHEAD);
+    let line = Line::new(plan, control.workers() * AHEAD);
     let most = layout.chunks().div_ceil(layout.batch_len());
     if most == 0 {
         return Ok(());
     }
+    // Does one batch; false if there is none left.
+    let step = |worker: &mut Option<W>| {
+        let Some((number, batch)) = line.next() else { return false };
+        let run = |batch: Batch| {
+            control.check()?;
+            let worker = match worker {
+                Some(worker) => worker,
+                none => none.insert(new_worker()?),
+            };
+            let done = work(worker, &batch)?;
+            Ok((batch, done))
+        };
+        line.put(number, batch.and_then(run));
+        true
+    };
     std::thread::scope(|scope| {
-        for _ in 0..most.min(control.threads.get() as u64) {
-            scope.spawn(|| {
+        // However this thread leaves, by an error or a panic of `take`, no worker waits for it.
+        let _closes = Closes(&line);
+        let mut started = 0;
+        while started < most.min(control.workers()) {
+            let body = || {
                 // A panic in `work` must not leave the calling thread waiting for the batch.
                 let _closes = CloseOnPanic(&line);
                 let mut worker = None;
-                while let Some((number, batch)) = line.next() {
-                    let mut run = |batch: Batch| {
-                        control.check()?;
-                        let worker = match &mut worker {
-                            Some(worker) => worker,
-                            none => none.insert(new_worker()?),
-                        };
-                        let done = work(worker, &batch)?;
-                        Ok((batch, done))
-                    };
-                    line.put(number, batch.and_then(&mut run));
-                }
-            });
-        }
-        let mut run = || {
-            for number in 0.. {
-                let Some(result) = line.get(number) else {
-                    break;
-                };
-                let (batch, done) = result?;
-                let stored = take(&batch, done)?;
-                control.check()?;
-                let done = layout.offset(batch.span.end).min(layout.size);
-                control.progress.advanced(done, layout.size, stored);
+                while step(&mut worker) {}
+            };
+            if std::thread::Builder::new().spawn_scoped(scope, body).is_err() {
+                // The system has no thread left: those that there are do it, or this one alone.
+                break;
             }
-            Ok(())
-        };
-        let result = run();
-        line.close();
-        result
+            started += 1;
+        }
+        let mut own = None;
+        for number in 0.. {
+            if started == 0 {
+                step(&mut own);
+            }
+            let Some(result) = line.get(number) else {
+                break;
+            };
+            let (batch, done) = result?;
+            let stored = take(&batch, done)?;
+            control.check()?;
+            let done = layout.offset(batch.span.end).min(layout.size);
+            control.progress.advanced(done, layout.size, stored);
+        }
+        Ok(())
     })
 }
 
@@ -152,6 +163,14 @@ impl<'a, T> Line<'a, T> {
     }
 }
 
+struct Closes<'a, 'b, T>(&'a Line<'b, T>);
+
+impl<T> Drop for Closes<'_, '_, T> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 struct CloseOnPanic<'a, 'b, T>(&'a Line<'b, T>);
 
 impl<T> Drop for CloseOnPanic<'_, '_, T> {
@@ -178,7 +197,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::image::{CHUNK_SIZE, MAX_CHUNK_SIZE};
+    use crate::image::{CHUNK_SIZE, MAX_CHUNK_SIZE, MAX_THREADS};
 
     const THREADS: u64 = 3;
 
@@ -247,5 +266,34 @@ mod tests {
         let plan = || Plan::all(layout);
         let run = || run_in_order(layout, plan(), control(), || Ok(()), work, |_, ()| Ok(0));
         assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    }
+
+    #[test]
+    fn a_panic_of_the_taker_ends_the_run() {
+        let layout = Layout { size: 60 << 20, chunk_size: CHUNK_SIZE };
+        let take = |batch: &Batch, ()| match batch.span.start {
+            320 => panic!("as the test wants it"),
+            _ => Ok(0),
+        };
+        let work = |_: &mut (), _: &Batch| Ok(());
+        let run = || run_in_order(layout, Plan::all(layout), control(), || Ok(()), work, take);
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    }
+
+    #[test]
+    fn any_number_of_threads_comes_to_an_end() {
+        let layout = Layout { size: 60 << 20, chunk_size: CHUNK_SIZE };
+        for threads in [1, MAX_THREADS + 1, 1 << (usize::BITS - 1), usize::MAX] {
+            let threads = NonZeroUsize::new(threads).unwrap();
+            let control = Control { threads, ..Control::default() };
+            let mut taken = 0;
+            let take = |batch: &Batch, ()| {
+                taken += batch.span.end - batch.span.start;
+                Ok(0)
+            };
+            let work = |_: &mut (), _: &Batch| Ok(());
+            run_in_order(layout, Plan::all(layout), control, || Ok(()), work, take).unwrap();
+            assert_eq!(taken, layout.chunks());
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
 };
 
 use zstd::{bulk::Decompressor, zstd_safe};
@@ -200,10 +201,13 @@ impl ImageReader {
             stored: AtomicU64::new(0),
         };
         let layout = self.index().layout();
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let most = layout.chunks().div_ceil(layout.batch_len());
-            for _ in 1..most.min(control.threads.get() as u64) {
-                scope.spawn(|| job.work());
+            for _ in 1..most.min(control.workers()) {
+                // This thread works too: without any other it takes longer.
+                if thread::Builder::new().spawn_scoped(scope, || job.work()).is_err() {
+                    break;
+                }
             }
             job.work();
         });

@@ -14,7 +14,7 @@ use super::{
     MIN_CHUNK_SIZE, PAGE_SIZE, Record, Source, bitmap_len,
     digest::read_chunk,
     index::IndexWriter,
-    is_chunk_size, is_zero,
+    is_chunk_size, is_zero, levels,
     pipeline::{lock, run_in_order},
     plan::{Batch, Piece, Plan},
 };
@@ -51,7 +51,7 @@ impl ImageOptions {
             );
             return Err(FormatError::field(name, "chunk size", why));
         }
-        let levels = zstd::compression_level_range();
+        let levels = levels();
         if !levels.contains(&level) {
             let (least, most) = (levels.start(), levels.end());
             let why = format!("{level}, zstd has {least} to {most}");
