@@ -11,3 +11,4 @@ pub mod hypervisor;
 pub mod machine;
 pub mod psci;
 mod seed;
+pub mod signals;
