@@ -13,10 +13,19 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use squib_formats::{digest::Digest, snapshot_dir::Snapshot};
+
+/// How often the lock is tried, and how long between two tries: a second in all. Who holds it reads a few files.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// The lists in a state folder.
 #[derive(Debug, Clone)]
@@ -48,13 +57,14 @@ impl Children {
     /// The places of differences to `parent` that are still there.
     pub fn of(&self, parent: Digest) -> Vec<PathBuf> {
         // A list that cannot be locked or written is still worth reading.
-        let _lock = self.lock();
+        let lock = self.lock();
         let all = self.read(parent);
         let is_child = |path: &PathBuf| {
             Snapshot::open(path).is_ok_and(|found| found.manifest().parent == Some(parent))
         };
         let there: Vec<PathBuf> = all.iter().filter(|path| is_child(path)).cloned().collect();
-        if there.len() < all.len()
+        if lock.is_ok()
+            && there.len() < all.len()
             && let Err(error) = self.write(parent, &there)
         {
             tracing::debug!("{}: {error}", self.list(parent).display());
@@ -103,9 +113,16 @@ impl Children {
 
     fn lock(&self) -> io::Result<File> {
         let path = self.dir.join("lock");
-        let file = File::options().write(true).create(true).truncate(false).open(path)?;
-        flock(&file, FlockOperation::LockExclusive)?;
-        Ok(file)
+        let file = File::options().write(true).create(true).truncate(false).open(&path)?;
+        // A process that was stopped while it held it must not stop others.
+        for _ in 0..LOCK_TRIES {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => thread::sleep(LOCK_PAUSE),
+                done => return Ok(done.map(|()| file)?),
+            }
+        }
+        let held = format!("another process holds {}", path.display());
+        Err(io::Error::new(io::ErrorKind::TimedOut, held))
     }
 }
 

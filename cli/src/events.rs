@@ -6,15 +6,20 @@ use std::sync::{
     mpsc::{Sender, channel},
 };
 
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-
+use signal_hook::consts::{
+    SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2, SIGXFSZ,
+};
+use signal_hook::iterator::Signals;
 use squib_formats::error::FormatError;
-use squib_vmm::machine::Outcome;
+use squib_vmm::{machine::Outcome, signals};
 
 use crate::{
     console,
     exit::{Code, Failure},
 };
+
+/// What ends a process by default and is sent to it from outside.
+const ENDING: [i32; 7] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM];
 
 /// The signal that asked the process to end; 0 as long as none has.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
@@ -28,15 +33,27 @@ pub(crate) enum Event {
     Guest(Outcome),
     /// Ctrl-A x.
     UserQuit,
-    /// SIGTERM, SIGINT or SIGHUP.
+    /// One of [`ENDING`].
     Signal(i32),
     /// The control API was told to end the VM.
     Stop,
 }
 
-/// Ends the process when SIGINT, SIGTERM or SIGHUP comes, after `clean` has put things in order.
+/// Those of [`ENDING`] that the process was not started with as ignored (`nohup` does that, a shell without job
+/// control for what it starts in the background).
+fn heeded() -> Vec<i32> {
+    ENDING.into_iter().filter(|signal| !signals::is_ignored(*signal)).collect()
+}
+
+/// A process in the background of its terminal is not stopped for reading or writing there: to read is an error, and
+/// to write works. For a VM, which must not stand still because of a message.
+pub(crate) fn run_in_background() -> std::io::Result<()> {
+    signals::block(&[SIGTTIN, SIGTTOU])
+}
+
+/// Ends the process when one of [`ENDING`] comes, after `clean` has put things in order.
 pub(crate) fn end_on_signal(clean: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    let mut signals = Signals::new(heeded())?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         // None is left when the process ends in another way.
         let Some(signal) = signals.forever().next() else { return };
@@ -78,7 +95,7 @@ pub(crate) fn failure(error: FormatError) -> Failure {
 
 /// Starts the thread that turns signals into events. A second one of them ends the process at once.
 pub(crate) fn watch_signals(events: Sender<Event>) -> std::io::Result<()> {
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCONT])?;
+    let mut signals = Signals::new(heeded().into_iter().chain([SIGCONT]))?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let mut asked = false;
         for signal in signals.forever() {

@@ -9,18 +9,19 @@
 //! ```
 //!
 //! `STATE` is `SQUIB_HOME`, else `squib` below `XDG_STATE_HOME` or `~/.local/state`: disks are too large for
-//! a run-time folder, which often is memory. `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `STATE/run`. macOS has no
+//! a run-time folder, which often is memory. Both have to be the user's own, and closed to writes by others: see
+//! [`folder`]. `RUN` is `SQUIB_HOME/run`, else `squib` below `XDG_RUNTIME_DIR`, else `STATE/run`. macOS has no
 //! run-time folder of a user: below its `TMPDIR` a system service removes what has not been touched for days, and
 //! the path would leave little of the 103 bytes of a socket's. A directory whose lock nobody holds is what a dead VM left:
 //! the next start removes it.
 
+pub(crate) mod folder;
+mod socket;
+
 use std::{
     fs::{self, File},
     io::{self, Read as _},
-    os::unix::{
-        fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
-        net::{UnixListener, UnixStream},
-    },
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -30,14 +31,19 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use squib_vmm::config::NAME_MAX;
 
+pub use self::{folder::FolderError, socket::listen};
+use self::{
+    folder::Others,
+    socket::{SOCKET_PATH_MAX, STAGE_MAX, STAGED},
+};
 use crate::children::Children;
 
-/// Room for a path in `sockaddr_un`, its closing zero byte not counted.
-const SOCKET_PATH_MAX: usize = if cfg!(target_os = "linux") { 107 } else { 103 };
 /// Name of the control socket.
 const SOCKET: &str = "api.sock";
-/// Length of what [`listen`] puts beside the socket for a moment: `.PID/s`.
-const STAGE_MAX: usize = ".4194304/s".len();
+/// What else lies in the directory of a VM. Of it, and of the folder of disks, nothing else is ever removed.
+const LOCK: &str = "lock";
+const RECORD: &str = "vm.json";
+const RECORD_STAGED: &str = "vm.json.new";
 /// How often the lock of a name is tried: another start may hold it for the moment that it takes to
 /// clean up.
 const LOCK_TRIES: u32 = 20;
@@ -96,14 +102,9 @@ pub enum HomeError {
         /// The path.
         path: PathBuf,
     },
-    /// A folder belongs to somebody else.
-    #[error("{} belongs to user {owner}, not to you", path.display())]
-    Foreign {
-        /// The folder.
-        path: PathBuf,
-        /// Its owner.
-        owner: u32,
-    },
+    /// A folder cannot be made, or is not the user's own.
+    #[error("{0}; or name another one with SQUIB_HOME")]
+    Folder(#[from] FolderError),
     /// A file could not be read or written.
     #[error("{}", path.display())]
     Io {
@@ -148,6 +149,16 @@ impl Home {
         Self::at(&run, &state)
     }
 
+    /// As [`open`](Self::open), but nothing is made: for what only looks.
+    pub fn find() -> Result<Self, HomeError> {
+        let (run, state) = Self::folders()?;
+        let home = Self::below(&run, &state);
+        for (dir, others) in home.rules(&run, &state) {
+            folder::check(dir, others)?;
+        }
+        Ok(home)
+    }
+
     /// The folders `run` and `state` that the environment names, whether they are there or not.
     pub fn folders() -> Result<(PathBuf, PathBuf), HomeError> {
         let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
@@ -164,15 +175,27 @@ impl Home {
 
     /// The folders `run` and `state`.
     pub fn at(run: &Path, state: &Path) -> Result<Self, HomeError> {
-        let home = Self {
-            vms: run.join("vms"),
-            disks: state.join("disks"),
-            children: state.join("children"),
-        };
-        for dir in [state, run, &home.vms, &home.disks, &home.children] {
-            private_dir(dir)?;
+        let home = Self::below(run, state);
+        for (dir, others) in home.rules(run, state) {
+            folder::make(dir, others)?;
         }
         Ok(home)
+    }
+
+    fn below(run: &Path, state: &Path) -> Self {
+        Self { vms: run.join("vms"), disks: state.join("disks"), children: state.join("children") }
+    }
+
+    /// What others may do in each folder, from the outside to the inside. A folder of the user's choice may be
+    /// read; what squib makes in it is its own.
+    fn rules<'a>(&'a self, run: &'a Path, state: &'a Path) -> [(&'a Path, Others); 5] {
+        [
+            (state, Others::MayRead),
+            (run, Others::MayRead),
+            (&self.vms, Others::MayNothing),
+            (&self.disks, Others::MayNothing),
+            (&self.children, Others::MayNothing),
+        ]
     }
 
     /// Length of the longest name whose control socket has a path that the system takes in any case.
@@ -202,16 +225,16 @@ impl Home {
         let dir = self.vms.join(name);
         let mut tries = 0;
         loop {
-            private_dir(&dir)?;
+            folder::make(&dir, Others::MayNothing)?;
             if let Some(lock) = lock(&dir)? {
                 let disks = self.disks.join(name);
                 // Left by a VM of this name whose directory is gone.
-                remove_tree(&disks)?;
+                remove_disks(&disks)?;
                 return Ok(VmDir { dir, disks, lock, name: name.to_owned() });
             }
             tries += 1;
             if tries == LOCK_TRIES {
-                let pid = fs::read_to_string(dir.join("lock")).unwrap_or_default();
+                let pid = fs::read_to_string(dir.join(LOCK)).unwrap_or_default();
                 let pid = if pid.is_empty() { "unknown".to_owned() } else { pid };
                 return Err(HomeError::NameTaken { name: name.to_owned(), pid });
             }
@@ -224,11 +247,11 @@ impl Home {
         let mut records = Vec::new();
         for dir in dirs(&self.vms)? {
             // Whoever gets the lock has found a dead VM; it stays for the next start to clean.
-            let Ok(file) = File::open(dir.join("lock")) else { continue };
+            let Ok(file) = File::open(dir.join(LOCK)) else { continue };
             if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
                 continue;
             }
-            let record = fs::read(dir.join("vm.json")).ok();
+            let record = fs::read(dir.join(RECORD)).ok();
             if let Some(record) = record.and_then(|text| serde_json::from_slice(&text).ok()) {
                 records.push(record);
             }
@@ -261,10 +284,10 @@ impl Home {
         let names = vms.iter().chain(&disks).filter_map(|dir| dir.file_name());
         for name in names {
             let dir = self.vms.join(name);
-            if private_dir(&dir).is_ok()
+            if folder::make(&dir, Others::MayNothing).is_ok()
                 && let Ok(Some(lock)) = lock(&dir)
             {
-                let _ = remove_tree(&self.disks.join(name));
+                let _ = remove_disks(&self.disks.join(name));
                 remove(&dir, lock);
             }
         }
@@ -288,7 +311,7 @@ impl VmDir {
 
     /// A new directory for disks that live as long as the VM.
     pub fn make_disks(&self) -> Result<&Path, HomeError> {
-        private_dir(&self.disks)?;
+        folder::make(&self.disks, Others::MayNothing)?;
         Ok(&self.disks)
     }
 
@@ -303,8 +326,8 @@ impl VmDir {
             socket: std::path::absolute(socket).map_err(|e| HomeError::io(socket, e))?,
             started,
         };
-        let staged = self.dir.join("vm.json.new");
-        let path = self.dir.join("vm.json");
+        let staged = self.dir.join(RECORD_STAGED);
+        let path = self.dir.join(RECORD);
         let text = serde_json::to_vec(&record).expect("strings and numbers have a JSON form");
         fs::write(&staged, text)
             .and_then(|()| fs::rename(&staged, &path))
@@ -315,70 +338,16 @@ impl VmDir {
 impl Drop for VmDir {
     fn drop(&mut self) {
         // What stays because of an error is removed by the next start.
-        let _ = remove_tree(&self.disks);
+        let _ = remove_disks(&self.disks);
         if let Ok(lock) = self.lock.try_clone() {
             remove(&self.dir, lock);
         }
     }
 }
 
-/// Listens on `path` with mode 0600. A socket on which nobody listens any more is replaced.
-pub fn listen(path: &Path) -> Result<UnixListener, HomeError> {
-    if path.as_os_str().len() > SOCKET_PATH_MAX {
-        return Err(HomeError::SocketPath { path: path.to_owned() });
-    }
-    match fs::symlink_metadata(path) {
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(HomeError::NotASocket { path: path.to_owned() });
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).map_err(|e| HomeError::io(path, e))?;
-            }
-            _ => return Err(HomeError::SocketInUse { path: path.to_owned() }),
-        },
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(HomeError::io(path, e)),
-    }
-    // Between bind and chmod anybody could connect: that happens where nobody else gets in.
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let stage = parent.join(format!(".{}", std::process::id()));
-    let staged = stage.join("s");
-    if staged.as_os_str().len() > SOCKET_PATH_MAX {
-        return Err(HomeError::SocketPath { path: path.to_owned() });
-    }
-    fs::DirBuilder::new().mode(0o700).create(&stage).map_err(|e| HomeError::io(parent, e))?;
-    let listener = UnixListener::bind(&staged).and_then(|listener| {
-        fs::set_permissions(&staged, fs::Permissions::from_mode(0o600))?;
-        fs::rename(&staged, path)?;
-        Ok(listener)
-    });
-    let _ = fs::remove_file(&staged);
-    let _ = fs::remove_dir(&stage);
-    listener.map_err(|e| HomeError::io(path, e))
-}
-
-/// Makes `dir` with mode 0700, or checks that it is the user's own and closes it to others.
-fn private_dir(dir: &Path) -> Result<(), HomeError> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|e| HomeError::io(dir, e))?;
-    let meta = fs::symlink_metadata(dir).map_err(|e| HomeError::io(dir, e))?;
-    if meta.uid() != rustix::process::geteuid().as_raw() {
-        return Err(HomeError::Foreign { path: dir.to_owned(), owner: meta.uid() });
-    }
-    if meta.mode() & 0o077 != 0 {
-        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
-            .map_err(|e| HomeError::io(dir, e))?;
-    }
-    Ok(())
-}
-
 /// Takes the lock of `dir`; `None` if somebody else holds it, or is removing the directory.
 fn lock(dir: &Path) -> Result<Option<File>, HomeError> {
-    let path = dir.join("lock");
+    let path = dir.join(LOCK);
     let opened = File::options().read(true).write(true).create(true).truncate(false).open(&path);
     let mut file = match opened {
         Ok(file) => file,
@@ -404,13 +373,29 @@ fn lock(dir: &Path) -> Result<Option<File>, HomeError> {
 }
 
 fn dirs(parent: &Path) -> Result<Vec<PathBuf>, HomeError> {
-    let entries = fs::read_dir(parent).map_err(|e| HomeError::io(parent, e))?;
+    let entries = match fs::read_dir(parent) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(HomeError::io(parent, e)),
+    };
     Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
 }
 
-fn remove_tree(dir: &Path) -> Result<(), HomeError> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(HomeError::io(dir, e)),
+/// Removes a directory of disks that a restore made, `ID.img` each. What else lies there stays, and so does the
+/// directory then: squib did not make it.
+fn remove_disks(dir: &Path) -> Result<(), HomeError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(HomeError::io(dir, e)),
+    };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|end| end == "img") {
+            fs::remove_file(&path).map_err(|e| HomeError::io(&path, e))?;
+        }
+    }
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() != io::ErrorKind::DirectoryNotEmpty => Err(HomeError::io(dir, e)),
         _ => Ok(()),
     }
 }
@@ -419,17 +404,24 @@ fn remove_tree(dir: &Path) -> Result<(), HomeError> {
 /// the name.
 fn remove(dir: &Path, lock: File) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_name() != "lock" {
-            let _ = fs::remove_file(entry.path());
+        let (name, path) = (entry.file_name(), entry.path());
+        if [SOCKET, RECORD, RECORD_STAGED].iter().any(|ours| name == *ours) {
+            let _ = fs::remove_file(path);
+        } else if name.to_string_lossy().starts_with('.') {
+            // Where a start was killed while it made its socket.
+            let _ = fs::remove_file(path.join(STAGED));
+            let _ = fs::remove_dir(path);
         }
     }
-    let _ = fs::remove_file(dir.join("lock"));
+    let _ = fs::remove_file(dir.join(LOCK));
     let _ = fs::remove_dir(dir);
     drop(lock);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn home() -> (tempfile::TempDir, Home) {
@@ -478,7 +470,7 @@ mod tests {
         let (_dir, home) = home();
         // As after SIGKILL: the files are there, the lock is not held.
         let dead = home.vms.join("dead");
-        fs::create_dir(&dead).unwrap();
+        folder::make(&dead, Others::MayNothing).unwrap();
         for file in ["lock", "vm.json", "api.sock"] {
             fs::write(dead.join(file), "1").unwrap();
         }
@@ -537,29 +529,54 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_on_which_somebody_listens_is_not_taken_over_and_a_stale_one_is() {
+    fn a_folder_that_others_can_write_to_is_refused_and_left_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let listener = listen(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert!(matches!(listen(&path), Err(HomeError::SocketInUse { .. })));
-        drop(listener);
-        listen(&path).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+        for (name, given, taken) in
+            [("a", 0o777, false), ("b", 0o1777, false), ("c", 0o770, false), ("d", 0o755, true)]
+        {
+            let real = dir.path().join(name);
+            fs::create_dir(&real).unwrap();
+            fs::set_permissions(&real, fs::Permissions::from_mode(given)).unwrap();
+            let link = dir.path().join(format!("link-{name}"));
+            std::os::unix::fs::symlink(&real, &link).unwrap();
+            for path in [&real, &link] {
+                let home = Home::at(&path.join("run"), path);
+                assert_eq!(home.is_ok(), taken, "{home:?}");
+                if let Err(error) = home {
+                    let said = error.to_string();
+                    assert!(said.contains(&format!("chmod go-w {}", path.display())), "{said}");
+                    assert_eq!(fs::read_dir(&real).unwrap().count(), 0);
+                }
+            }
+            assert_eq!(mode(&real), given);
+        }
     }
 
     #[test]
-    fn a_file_in_the_place_of_the_socket_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        fs::write(&path, "precious").unwrap();
-        assert!(matches!(listen(&path), Err(HomeError::NotASocket { .. })));
-        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    fn what_squib_did_not_make_stays() {
+        let (_dir, home) = home();
+        let own = home.disks.join("mine");
+        fs::create_dir_all(own.join("below")).unwrap();
+        fs::write(own.join("notes.txt"), "precious").unwrap();
+        let vm = home.vms.join("gone");
+        fs::create_dir(&vm).unwrap();
+        fs::write(vm.join("notes.txt"), "precious").unwrap();
+        drop(home.claim("other").unwrap());
+        drop(home.claim("mine").unwrap());
+        assert_eq!(fs::read(own.join("notes.txt")).unwrap(), b"precious");
+        assert!(own.join("below").exists());
+        assert_eq!(fs::read(vm.join("notes.txt")).unwrap(), b"precious");
     }
 
     #[test]
-    fn a_socket_path_that_no_socket_address_holds_is_refused_by_length() {
-        let path = Path::new("/tmp").join("x".repeat(SOCKET_PATH_MAX));
-        let error = listen(&path).unwrap_err();
-        assert!(matches!(error, HomeError::SocketPath { .. }), "{error}");
+    fn a_disks_folder_of_the_users_own_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let disks = dir.path().join("disks");
+        fs::create_dir(&disks).unwrap();
+        fs::set_permissions(&disks, fs::Permissions::from_mode(0o755)).unwrap();
+        let error = Home::at(&dir.path().join("run"), dir.path()).unwrap_err();
+        assert!(matches!(error, HomeError::Folder(FolderError::Shared { .. })), "{error}");
+        assert_eq!(fs::metadata(&disks).unwrap().mode() & 0o777, 0o755);
     }
 }

@@ -59,6 +59,7 @@ impl Session<'_> {
         let home = Home::open().code(Code::Failed)?;
         let (events, happened) = mpsc::channel();
         events::survive_file_size_limits()?;
+        events::run_in_background()?;
         // Before there is anything that a signal could leave behind.
         events::watch_signals(events.clone())?;
         let dir = home.claim(self.name).code(Code::Usage)?;

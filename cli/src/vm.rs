@@ -1,11 +1,16 @@
 //! The VM of this process, as the control API and the console see it.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, RwLock, atomic::AtomicBool, mpsc::Sender},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc::Sender,
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use squib_vmm::machine::{Machine, RunState};
 
 use crate::{
@@ -22,6 +27,10 @@ use crate::{
 
 /// How long those who still look at a machine that has ended may take to let go of it.
 const LET_GO: Duration = Duration::from_secs(5);
+
+/// How long a pause or a resume waits for a snapshot that is being written; and a snapshot for another one, before it
+/// looks whether anyone still wants it.
+const BUSY: Duration = Duration::from_secs(2);
 
 /// A VM that may be restarted, and with that be another machine of the same name.
 pub(crate) struct Vm {
@@ -71,6 +80,14 @@ impl Vm {
         *self.machine.write().unwrap_or_else(PoisonError::into_inner) = Some(machine);
     }
 
+    /// The right to change what the machine does.
+    fn control(&self) -> Result<MutexGuard<'_, ()>, Fault> {
+        self.control.try_lock_for(BUSY).ok_or_else(|| {
+            let phase = self.progress.read().phase;
+            Fault(format!("a snapshot is being written ({phase}): try again when it is there"))
+        })
+    }
+
     fn running(&self) -> Result<Arc<Machine>, Fault> {
         self.machine().ok_or_else(|| Fault("the machine is being restarted".into()))
     }
@@ -97,12 +114,12 @@ impl Controlled for Vm {
     }
 
     fn pause(&self) -> Result<(), Fault> {
-        let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        let _control = self.control()?;
         self.running()?.pause(PAUSE_DEADLINE).map_err(|e| Fault(e.to_string()))
     }
 
     fn resume(&self) -> Result<(), Fault> {
-        let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        let _control = self.control()?;
         self.running()?.resume().map_err(|e| Fault(e.to_string()))
     }
 
@@ -111,7 +128,13 @@ impl Controlled for Vm {
         params: SnapshotCreateParams,
         give_up: &Arc<AtomicBool>,
     ) -> Result<SnapshotReport, Fault> {
-        let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        let _control = loop {
+            match self.control() {
+                Ok(control) => break control,
+                Err(busy) if give_up.load(Ordering::Relaxed) => return Err(busy),
+                Err(_) => {}
+            }
+        };
         capture::write(&*self.running()?, &params, &self.progress, give_up)
             .map_err(|e| Fault(Failure::from(e).to_string()))
     }

@@ -15,7 +15,7 @@ use std::{
 use squib::{
     api::{
         client::{Client, ClientError},
-        server::{Controlled, Fault, Server},
+        server::{Controlled, Fault, Limits, Server},
         types::{
             DiskReport, InstanceInfo, InstanceState, SnapshotCreateParams, SnapshotProgress,
             SnapshotReport, VmState,
@@ -75,6 +75,7 @@ impl Controlled for Recorder {
         params: SnapshotCreateParams,
         give_up: &Arc<AtomicBool>,
     ) -> Result<SnapshotReport, Fault> {
+        assert!(!params.snapshot_path.ends_with("panic"), "as the test wants it");
         if params.snapshot_path.ends_with("slow") {
             self.record("slow".into())?;
             self.wait_for(|_| give_up.load(Ordering::Relaxed));
@@ -112,10 +113,14 @@ struct Served {
 }
 
 fn serve(refuses: bool) -> Served {
+    serve_within(refuses, Limits::default())
+}
+
+fn serve_within(refuses: bool, limits: Limits) -> Served {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("api.sock");
     let vm = Arc::new(Recorder { refuses, ..Recorder::default() });
-    let server = Server::start(listen(&socket).unwrap(), vm.clone()).unwrap();
+    let server = Server::with_limits(listen(&socket).unwrap(), vm.clone(), limits).unwrap();
     Served { vm, socket, _server: server, _dir: dir }
 }
 
@@ -263,4 +268,201 @@ fn a_snapshot_whose_asker_goes_away_is_given_up() {
     drop(stream);
     assert!(served.vm.wait_for(|calls| calls.len() > 1));
     assert_eq!(*served.vm.calls.lock().unwrap(), ["slow", "given up: true"]);
+}
+
+/// Bounds how long a test that hangs is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+const SHORT: Duration = Duration::from_millis(200);
+
+/// A connection on which `text` has been sent.
+fn sent(socket: &Path, text: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(text.as_bytes()).unwrap();
+    stream
+}
+
+/// What comes until the server closes the connection.
+fn rest(mut stream: UnixStream) -> String {
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {}
+        Err(e) => panic!("the connection stays open: {e}"),
+    }
+    String::from_utf8(answer).unwrap()
+}
+
+#[test]
+fn a_request_that_does_not_come_to_its_end_is_not_waited_for() {
+    let served = serve_within(false, Limits { head: SHORT, body: SHORT, ..Limits::default() });
+    // Nothing, half a head, an idle connection after an answer.
+    assert_eq!(rest(sent(&served.socket, "")), "");
+    let half = rest(sent(&served.socket, "GET / HTTP/1.1\r\nHost: loc"));
+    assert!(half.is_empty() || half.starts_with("HTTP/1.1 408"), "{half}");
+    let idle = rest(sent(&served.socket, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+    assert!(idle.starts_with("HTTP/1.1 200"), "{idle}");
+    // Half a body.
+    let head = "PATCH /vm HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{";
+    let body = rest(sent(&served.socket, head));
+    assert!(body.starts_with("HTTP/1.1 408") && body.contains("fault_message"), "{body}");
+    assert!(served.vm.calls.lock().unwrap().is_empty());
+}
+
+#[test]
+fn an_answer_that_its_client_does_not_read_ends_the_connection() {
+    let served = serve_within(false, Limits { answer: SHORT, ..Limits::default() });
+    let mut stream = sent(&served.socket, "");
+    let request = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(100);
+    // In the end both sides' buffers are full of requests and answers.
+    let error = loop {
+        if let Err(error) = stream.write_all(request.as_bytes()) {
+            break error;
+        }
+    };
+    let closed = [std::io::ErrorKind::BrokenPipe, std::io::ErrorKind::ConnectionReset];
+    assert!(closed.contains(&error.kind()), "{error}");
+    assert_eq!(raw(&served.socket, "GET /", "").0, 200);
+}
+
+#[test]
+fn more_connections_than_the_limit_are_told_so_and_the_vm_can_be_reached_afterwards() {
+    let served = serve_within(false, Limits { connections: 4, ..Limits::default() });
+    let mut taken: Vec<_> = (0..4).map(|_| sent(&served.socket, "GET /")).collect();
+    for _ in 0..20 {
+        let (status, body) = raw(&served.socket, "GET /", "");
+        assert_eq!((status, body.contains("4 connections")), (503, true), "{body}");
+    }
+    match Client::new(&served.socket).info() {
+        Err(ClientError::Fault { status: 503, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    taken.pop();
+    let end = Instant::now() + PATIENCE;
+    while raw(&served.socket, "GET /", "").0 != 200 {
+        assert!(Instant::now() < end);
+    }
+}
+
+#[test]
+fn calls_that_do_not_end_leave_room_for_what_needs_no_guest() {
+    let served = serve_within(false, Limits { calls: 1, ..Limits::default() });
+    let body = "{\"snapshot_path\":\"/slow\"}";
+    let length = body.len();
+    let head = format!(
+        "PUT /snapshot/create HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+    );
+    let slow = sent(&served.socket, &format!("{head}{body}"));
+    assert!(served.vm.wait_for(|calls| calls == ["slow"]));
+    assert_eq!(raw(&served.socket, "PATCH /vm", "{\"state\":\"Paused\"}").0, 503);
+    assert_eq!(raw(&served.socket, "GET /", "").0, 200);
+    assert_eq!(raw(&served.socket, "GET /snapshot/progress", "").0, 200);
+    drop(slow);
+    assert!(served.vm.wait_for(|calls| calls.len() == 2));
+}
+
+#[test]
+fn a_call_that_panics_is_a_fault_and_the_next_one_works() {
+    let served = serve_within(false, Limits { calls: 1, ..Limits::default() });
+    for _ in 0..3 {
+        let (status, body) =
+            raw(&served.socket, "PUT /snapshot/create", "{\"snapshot_path\":\"/panic\"}");
+        assert_eq!((status, body.contains("panicked")), (400, true), "{body}");
+    }
+    assert_eq!(raw(&served.socket, "PUT /snapshot/create", "{\"snapshot_path\":\"/s\"}").0, 204);
+}
+
+#[test]
+fn a_client_does_not_wait_for_a_vm_that_says_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    // As of a process that is stopped: connections are taken, and never looked at.
+    let _listener = listen(&socket).unwrap();
+    let silent = Client::new(&socket).within(SHORT);
+    assert!(matches!(silent.info(), Err(ClientError::NoAnswer { .. })));
+    assert!(matches!(silent.progress(), Err(ClientError::NoAnswer { .. })));
+    let served = serve(false);
+    let all = [silent.clone(), Client::new(&served.socket), silent.clone()];
+    let answers = Client::info_of_all(&all).unwrap();
+    let there: Vec<bool> = answers.iter().map(Result::is_ok).collect();
+    assert_eq!(there, [false, true, false]);
+    // When its line of connections is full, a connection is not even taken.
+    let many = vec![silent; 1000];
+    let answers = Client::info_of_all(&many).unwrap();
+    for answer in answers {
+        assert!(matches!(answer, Err(ClientError::NoAnswer { .. })), "{answer:?}");
+    }
+}
+
+#[test]
+fn every_number_of_every_field_is_bounded() {
+    let served = serve(false);
+    // Exhaustive, so that a new field is met here.
+    let params = SnapshotCreateParams {
+        snapshot_path: "/s".into(),
+        mem_file_path: None,
+        snapshot_type: None,
+        parent_path: None,
+        force: false,
+        stop: false,
+        live: false,
+        level: Some(1),
+        chunk_size: Some(65536),
+        threads: std::num::NonZeroUsize::new(1),
+        disk_mode: Vec::new(),
+        with_kernel: false,
+        no_reflink: false,
+        durability: None,
+    };
+    let bounds =
+        [("level", -131_072..=22), ("chunk_size", 16384..=4_194_304), ("threads", 1..=256)];
+    let serde_json::Value::Object(params) = serde_json::to_value(params).unwrap() else {
+        panic!("an object");
+    };
+    let numbers: Vec<_> = params.iter().filter(|(_, value)| value.is_number()).collect();
+    assert_eq!(numbers.len(), bounds.len());
+    for (field, (least, most)) in bounds.map(|(field, range)| (field, range.into_inner())) {
+        for text in [
+            "0",
+            "-1",
+            "-0",
+            "1.5",
+            "1e9",
+            "1e400",
+            "-1e-400",
+            "NaN",
+            "Infinity",
+            "\"1\"",
+            "[]",
+            "{}",
+            "true",
+            "4294967295",
+            "4294967296",
+            "9223372036854775807",
+            "9223372036854775808",
+            "-9223372036854775808",
+            "18446744073709551615",
+            "18446744073709551616",
+            &"9".repeat(400),
+        ]
+        .map(str::to_owned)
+        .into_iter()
+        .chain([least - 1, least, most, most + 1].map(|number| number.to_string()))
+        {
+            let body = format!("{{\"snapshot_path\":\"/s\",\"{field}\":{text}}}");
+            let (status, answer) = raw(&served.socket, "PUT /snapshot/create", &body);
+            let can = text.parse::<i64>().is_ok_and(|number| {
+                let chunk = field != "chunk_size" || number.count_ones() == 1;
+                (least..=most).contains(&number) && chunk && text != "-0"
+            });
+            match (can, status) {
+                (true, 204) => {}
+                (false, 400) => assert!(answer.contains("fault_message"), "{answer}"),
+                // As a float it is none; as an integer it is 0.
+                (_, 204 | 400) if text == "-0" => {}
+                _ => panic!("{body}: {status} {answer}"),
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! `squib doctor` says whether a VM can run, and ends accordingly.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
 use serde_json::Value;
 
@@ -19,9 +19,13 @@ fn ask(home: &Path, cache: &Path) -> (Option<i32>, Value) {
 }
 
 fn status<'a>(report: &'a Value, name: &str) -> &'a str {
+    property(report, name)["status"].as_str().unwrap_or_else(|| panic!("{report:#}"))
+}
+
+fn property<'a>(report: &'a Value, name: &str) -> &'a Value {
     let properties = report["properties"].as_array().unwrap();
     let found = properties.iter().find(|property| property["name"] == name);
-    found.and_then(|property| property["status"].as_str()).unwrap_or_else(|| panic!("{report:#}"))
+    found.unwrap_or_else(|| panic!("{report:#}"))
 }
 
 #[test]
@@ -33,6 +37,24 @@ fn a_machine_with_its_folders_can_run_a_vm() {
         assert_eq!(status(&report, name), "ok", "{report:#}");
     }
     assert_eq!(status(&report, "guest kit"), "note");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "it has only looked");
+}
+
+#[test]
+fn a_shared_folder_is_named_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path().join("home");
+    fs::create_dir(&home).unwrap();
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o777)).unwrap();
+    let (code, report) = ask(&home, &home);
+    assert_eq!((code, &report["can_run"]), (Some(1), &Value::Bool(false)), "{report:#}");
+    for name in ["run folder", "socket path", "templates", "guest kit"] {
+        assert_eq!(status(&report, name), "missing", "{report:#}");
+        let found = property(&report, name)["found"].to_string();
+        assert!(found.contains(&format!("chmod go-w {}", home.display())), "{found}");
+    }
+    assert_eq!(fs::metadata(&home).unwrap().permissions().mode() & 0o777, 0o777);
+    assert_eq!(fs::read_dir(&home).unwrap().count(), 0);
 }
 
 #[test]

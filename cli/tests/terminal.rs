@@ -21,13 +21,15 @@ use squib_tests::{
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
+const RUN: [&str; 5] = ["run", "--kernel", "kernel", "--memory", "64M"];
+
 /// A terminal with a VM on it.
 struct Seat {
     master: File,
     terminal: File,
     screen: Capture,
     child: Child,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 /// The settings of a terminal, in a form that can be compared.
@@ -42,6 +44,29 @@ fn settings(terminal: &File) -> String {
 impl Seat {
     /// Sits down, and waits until the guest has begun to print.
     fn new() -> (Self, String) {
+        let (seat, before) = Self::with(|| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_squib"));
+            command.args(RUN);
+            command
+        });
+        seat.wait("n=");
+        let raw = tcgetattr(&seat.terminal).unwrap().local_modes;
+        assert!(!raw.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
+        (seat, before)
+    }
+
+    /// A shell with job control, on a terminal that controls its session.
+    #[cfg(target_os = "linux")]
+    fn with_shell() -> (Self, String) {
+        Self::with(|| {
+            let mut command = Command::new("setsid");
+            command.args(["--ctty", "--wait", "sh", "-i"]).env("PS1", "ready> ");
+            command.env("SQUIB", env!("CARGO_BIN_EXE_squib")).env_remove("ENV");
+            command
+        })
+    }
+
+    fn with(command: impl FnOnce() -> Command) -> (Self, String) {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -57,8 +82,7 @@ impl Seat {
         let dir = tempfile::tempdir().unwrap();
         let tiny = Tiny { timer_ticks: 200_000, print_every: 64 };
         tiny.write(&dir.path().join("kernel")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_squib"))
-            .args(["run", "--kernel", "kernel", "--memory", "64M"])
+        let child = command()
             .current_dir(dir.path())
             .env("SQUIB_HOME", dir.path().join("home"))
             .stdin(terminal.try_clone().unwrap())
@@ -71,16 +95,21 @@ impl Seat {
         let (mut from, mut to) = (master.try_clone().unwrap(), screen.clone());
         // It ends with the test's process: the terminal stays open as long as it is looked at.
         thread::spawn(move || drop(std::io::copy(&mut from, &mut to)));
-        let seat = Self { master, terminal, screen, child, _dir: dir };
-        seat.wait("n=");
-        let raw = tcgetattr(&seat.terminal).unwrap().local_modes;
-        assert!(!raw.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
+        let seat = Self { master, terminal, screen, child, dir };
         (seat, before)
     }
 
     fn wait(&self, what: &str) {
         let seen = self.screen.wait_for(PATIENCE, |text| text.contains(what).then_some(()));
         assert!(seen.is_some(), "no `{what}` in {}", self.screen.text());
+    }
+
+    /// Waits for what comes after what is there now.
+    #[cfg(target_os = "linux")]
+    fn wait_more(&self, had: usize, what: &str) {
+        let more = |text: &str| text.get(had..).is_some_and(|text| text.contains(what));
+        let seen = self.screen.wait_for(PATIENCE, |text| more(text).then_some(()));
+        assert!(seen.is_some(), "no `{what}` behind {had} of {}", self.screen.text());
     }
 
     fn press(&mut self, keys: &[u8]) {
@@ -118,4 +147,84 @@ fn a_signal_gives_the_terminal_back() {
     let (seat, before) = Seat::new();
     kill_process(Pid::from_child(&seat.child), Signal::TERM).unwrap();
     assert_eq!(seat.end(), (Some(143), before));
+}
+
+#[test]
+fn sigquit_gives_the_terminal_back_and_leaves_nothing() {
+    let (seat, before) = Seat::new();
+    kill_process(Pid::from_child(&seat.child), Signal::QUIT).unwrap();
+    let vms = seat.dir.path().join("home/run/vms");
+    let mut seat = seat;
+    let status = seat.child.wait().unwrap();
+    assert_eq!((status.code(), settings(&seat.terminal)), (Some(131), before));
+    assert_eq!(std::fs::read_dir(vms).unwrap().count(), 0);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_vm_in_the_background_runs_and_the_foreground_gives_it_the_console() {
+    let (mut seat, _) = Seat::with_shell();
+    seat.wait("ready> ");
+    // It does not even stop where a write in the background would stop others.
+    seat.press(b"stty tostop; $SQUIB run --kernel kernel --memory 64M --name a &\n");
+    seat.wait("in the background the console only writes");
+    seat.wait("n=");
+    let shell = tcgetattr(&seat.terminal).unwrap().local_modes;
+    assert!(shell.intersects(LocalModes::ISIG), "{shell:?}");
+    let had = seat.screen.text().len();
+    seat.wait_more(had, "n=");
+    seat.press(b"jobs; fg\n");
+    seat.wait("the console is yours");
+    let jobs = seat.screen.text();
+    assert!(jobs.contains("Running") && !jobs.contains("Stopped"), "{jobs}");
+    seat.press(b"\x03");
+    seat.wait(&format!("i={:08x}", input_hash(b"\x03")));
+    // Stopped from outside, it goes on in the background, and once more in the foreground.
+    let pid = std::fs::read_to_string(seat.dir.path().join("home/run/vms/a/lock")).unwrap();
+    let pid = Pid::from_raw(pid.parse().unwrap()).unwrap();
+    let had = seat.screen.text().len();
+    kill_process(pid, Signal::STOP).unwrap();
+    seat.wait_more(had, "ready> ");
+    let had = seat.screen.text().len();
+    seat.press(b"bg\n");
+    seat.wait_more(had, "in the background the console only writes");
+    seat.wait_more(had, "n=");
+    let had = seat.screen.text().len();
+    seat.press(b"fg\n");
+    seat.wait_more(had, "the console is yours");
+    seat.press(b"x");
+    seat.wait(&format!("i={:08x}", input_hash(b"\x03x")));
+    let had = seat.screen.text().len();
+    seat.press(b"\x01x");
+    seat.wait_more(had, "ready> ");
+    let shell = tcgetattr(&seat.terminal).unwrap().local_modes;
+    assert!(shell.contains(LocalModes::ISIG | LocalModes::ICANON), "{shell:?}");
+    seat.press(b"exit\n");
+    assert_eq!(seat.end().0, Some(0));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_vm_that_ends_in_the_background_leaves_the_terminal_alone() {
+    let (mut seat, _) = Seat::with_shell();
+    seat.wait("ready> ");
+    seat.press(b"$SQUIB run --kernel kernel --memory 64M --name a\n");
+    seat.wait("n=");
+    let pid = std::fs::read_to_string(seat.dir.path().join("home/run/vms/a/lock")).unwrap();
+    let pid = Pid::from_raw(pid.parse().unwrap()).unwrap();
+    let had = seat.screen.text().len();
+    kill_process(pid, Signal::STOP).unwrap();
+    seat.wait_more(had, "ready> ");
+    seat.press(b"bg\n");
+    seat.wait("in the background the console only writes");
+    // The shell's own settings from now on: what the VM found is not what it leaves.
+    seat.press(b"stty -echo; echo s''et\n");
+    seat.wait("set\r\n");
+    let before = settings(&seat.terminal);
+    kill_process(pid, Signal::TERM).unwrap();
+    seat.press(b"wait; echo over\n");
+    seat.wait("over\r\n");
+    assert_eq!(settings(&seat.terminal), before);
+    seat.press(b"exit\n");
+    assert!(seat.end().0.is_some());
 }

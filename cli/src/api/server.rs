@@ -13,14 +13,17 @@ use std::{
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, State, rejection::BytesRejection},
+    extract::{DefaultBodyLimit, FromRequest, Request, State},
     http::{HeaderMap, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::{get, patch, put},
 };
 use serde::de::DeserializeOwned;
-use tokio::sync::oneshot;
+use squib_formats::image::{MAX_THREADS, is_chunk_size, levels};
+use tokio::sync::{Semaphore, oneshot};
 
+pub use super::connections::Limits;
+use super::connections::{self, LAST_ANSWERS};
 use super::types::{
     Error, InstanceInfo, SnapshotCreateParams, SnapshotProgress, SnapshotReport, SnapshotType, Vm,
     VmState,
@@ -28,8 +31,6 @@ use super::types::{
 
 /// Largest request body, bytes; Firecracker's default.
 const BODY_MAX: usize = 51_200;
-/// How long answers that are under way may take when the VM ends.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
 /// What the API controls. Calls block; each comes on a thread of its own.
 pub trait Controlled: Send + Sync + 'static {
@@ -65,6 +66,15 @@ pub struct Server {
 impl Server {
     /// Serves `controlled` on `listener`.
     pub fn start(listener: UnixListener, controlled: Arc<dyn Controlled>) -> std::io::Result<Self> {
+        Self::with_limits(listener, controlled, Limits::default())
+    }
+
+    /// As [`start`](Self::start), with limits of its own.
+    pub fn with_limits(
+        listener: UnixListener,
+        vm: Arc<dyn Controlled>,
+        limits: Limits,
+    ) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let listener = {
@@ -73,15 +83,9 @@ impl Server {
         };
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new().name("api".into()).spawn(move || {
-            runtime.block_on(async {
-                let serve = axum::serve(listener, router(controlled))
-                    .with_graceful_shutdown(async { drop(stopped.await) });
-                if let Err(e) = serve.await {
-                    tracing::error!("the control API has ended: {e}");
-                }
-            });
-            // A call that hangs must not keep the process.
-            runtime.shutdown_background();
+            let calls = Arc::new(Semaphore::new(limits.calls));
+            let api = Api { vm, calls, body: limits.body };
+            runtime.block_on(connections::serve(listener, router(api), limits, stopped));
         })?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
@@ -99,10 +103,68 @@ impl Drop for Server {
     }
 }
 
-type Body = Result<Bytes, BytesRejection>;
-type Shared = State<Arc<dyn Controlled>>;
+/// What the routes share.
+#[derive(Clone)]
+struct Api {
+    vm: Arc<dyn Controlled>,
+    calls: Arc<Semaphore>,
+    /// How long a body may take.
+    body: Duration,
+}
 
-fn router(controlled: Arc<dyn Controlled>) -> Router {
+impl Api {
+    /// Runs `call` where it may block: on a thread of its own, which goes on without its client.
+    async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn Controlled) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Response> {
+        let Ok(slot) = self.calls.clone().try_acquire_owned() else {
+            return Err(unavailable("too many calls are under way: wait for one to end"));
+        };
+        let vm = self.vm.clone();
+        let (done, result) = oneshot::channel();
+        let started = thread::Builder::new().name("api-call".into()).spawn(move || {
+            // Also when the call panics, the slot is free before the client is told.
+            let done = done;
+            let slot = slot;
+            let result = call(&*vm);
+            drop(slot);
+            // The client may be gone.
+            let _ = done.send(result);
+        });
+        if let Err(error) = started {
+            return Err(unavailable(&format!("no thread for the call: {error}")));
+        }
+        match result.await {
+            Ok(result) => result.map_err(IntoResponse::into_response),
+            Err(_) => {
+                let why = "the call panicked: see the VM's own output";
+                Err(Fault(why.into()).into_response())
+            }
+        }
+    }
+}
+
+/// The body of a request, all of it.
+struct Body(Bytes);
+
+impl FromRequest<Api> for Body {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, api: &Api) -> Result<Self, Response> {
+        match tokio::time::timeout(api.body, Bytes::from_request(request, api)).await {
+            Ok(Ok(body)) => Ok(Self(body)),
+            // It is too long, or broke off.
+            Ok(Err(error)) => Err(fault(error.status(), error.body_text())),
+            Err(_) => {
+                let why = format!("the request's body did not come within {:?}", api.body);
+                Err(fault(StatusCode::REQUEST_TIMEOUT, why))
+            }
+        }
+    }
+}
+
+fn router(api: Api) -> Router {
     Router::new()
         .route("/", get(describe))
         .route("/vm", patch(set_state))
@@ -111,33 +173,29 @@ fn router(controlled: Arc<dyn Controlled>) -> Router {
         .method_not_allowed_fallback(unknown)
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(BODY_MAX))
-        .with_state(controlled)
+        .with_state(api)
 }
 
-async fn describe(State(vm): Shared) -> Response {
-    Json(vm.info()).into_response()
+async fn describe(State(api): State<Api>) -> Response {
+    Json(api.vm.info()).into_response()
 }
 
-async fn progress(State(vm): Shared) -> Response {
-    Json(vm.progress()).into_response()
+async fn progress(State(api): State<Api>) -> Response {
+    Json(api.vm.progress()).into_response()
 }
 
-async fn set_state(State(vm): Shared, body: Body) -> Response {
-    let body = match body {
-        Ok(body) => body,
-        Err(error) => return unread(&error),
-    };
+async fn set_state(State(api): State<Api>, Body(body): Body) -> Response {
     let wanted: Vm = match parse(&body) {
         Ok(wanted) => wanted,
         Err(fault) => return fault.into_response(),
     };
-    let done = blocking(move || match wanted.state {
+    let done = api.call(move |vm| match wanted.state {
         VmState::Paused => vm.pause(),
         VmState::Resumed => vm.resume(),
     });
     match done.await {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
-        Err(fault) => fault.into_response(),
+        Err(answer) => answer,
     }
 }
 
@@ -150,11 +208,7 @@ impl Drop for Asker {
     }
 }
 
-async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
-    let body = match body {
-        Ok(body) => body,
-        Err(error) => return unread(&error),
-    };
+async fn create(State(api): State<Api>, headers: HeaderMap, Body(body): Body) -> Response {
     let params: SnapshotCreateParams = match parse(&body).and_then(check) {
         Ok(params) => params,
         Err(fault) => return fault.into_response(),
@@ -162,7 +216,7 @@ async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
     // A client that goes away in the middle (Ctrl-C) drops this future.
     let asker = Asker(Arc::default());
     let give_up = Arc::clone(&asker.0);
-    let written = blocking(move || {
+    let written = api.call(move |vm| {
         let stop = params.stop;
         let report = vm.snapshot(params, &give_up)?;
         if stop {
@@ -172,7 +226,7 @@ async fn create(State(vm): Shared, headers: HeaderMap, body: Body) -> Response {
     });
     let report = match written.await {
         Ok(report) => report,
-        Err(fault) => return fault.into_response(),
+        Err(answer) => return answer,
     };
     let wants_report = headers
         .get_all("prefer")
@@ -193,6 +247,17 @@ fn check(params: SnapshotCreateParams) -> Result<SnapshotCreateParams, Fault> {
         }
         _ => {}
     }
+    if let Some(threads) = params.threads.filter(|threads| threads.get() > MAX_THREADS) {
+        return Err(Fault(format!("threads: {threads}, it must be 1 to {MAX_THREADS}")));
+    }
+    if let Some(level) = params.level.filter(|level| !levels().contains(level)) {
+        let (least, most) = levels().into_inner();
+        return Err(Fault(format!("level: {level}, zstd has {least} to {most}")));
+    }
+    if let Some(size) = params.chunk_size.filter(|size| !is_chunk_size(*size)) {
+        let why = format!("chunk_size: {size}, it must be a power of two from 16384 to 4194304");
+        return Err(Fault(why));
+    }
     if params.live && params.stop {
         return Err(Fault("live: a VM that is stopped has nothing to go on for".into()));
     }
@@ -208,30 +273,23 @@ fn check(params: SnapshotCreateParams) -> Result<SnapshotCreateParams, Fault> {
 }
 
 async fn unknown(method: Method, uri: Uri) -> Response {
-    let fault_message = format!("there is no {method} {}", uri.path());
-    (StatusCode::NOT_FOUND, Json(Error { fault_message })).into_response()
+    fault(StatusCode::NOT_FOUND, format!("there is no {method} {}", uri.path()))
 }
 
-/// The answer to a body that is too long, or broke off.
-fn unread(error: &BytesRejection) -> Response {
-    let fault_message = error.body_text();
-    (error.status(), Json(Error { fault_message })).into_response()
+fn unavailable(why: &str) -> Response {
+    fault(StatusCode::SERVICE_UNAVAILABLE, why.to_owned())
+}
+
+fn fault(status: StatusCode, fault_message: String) -> Response {
+    (status, Json(Error { fault_message })).into_response()
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     serde_json::from_slice(body).map_err(|e| Fault(format!("the request's body: {e}")))
 }
 
-/// Runs `call` where it may block.
-async fn blocking<T: Send + 'static>(
-    call: impl FnOnce() -> Result<T, Fault> + Send + 'static,
-) -> Result<T, Fault> {
-    let joined = tokio::task::spawn_blocking(call).await;
-    joined.unwrap_or_else(|_| Err(Fault("the call panicked: see the VM's own output".into())))
-}
-
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
-        (StatusCode::BAD_REQUEST, Json(Error { fault_message: self.0 })).into_response()
+        fault(StatusCode::BAD_REQUEST, self.0)
     }
 }

@@ -72,10 +72,10 @@ pub(crate) struct RunArgs {
     #[arg(long = "disk", value_name = "PATH[,ro][,id=ID][,format=raw]")]
     pub(crate) disks: Vec<DiskArg>,
     /// Guest memory, in MiB or with a suffix K, M or G.
-    #[arg(long, default_value = "256M", value_name = "SIZE")]
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Size,
     /// Number of vCPUs.
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = cpus)]
     pub(crate) cpus: u32,
     /// The whole kernel command line [default: console=ttyS0 panic=-1 reboot=panic_warm, and without an
     /// initrd root=/dev/vda]. `reboot=panic_warm` makes Linux tell a panic from another reset.
@@ -154,10 +154,10 @@ pub(crate) struct DigestArgs {
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     /// Number of vCPUs.
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = cpus)]
     pub(crate) cpus: u32,
     /// Guest memory.
-    #[arg(long, default_value = "256M", value_name = "SIZE")]
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Size,
     /// What runs the guest's instructions.
     #[arg(long, default_value = "soft")]
@@ -240,6 +240,137 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// What a number must survive: the ends of what types hold, and what is none.
+    const EXTREMES: [&str; 22] = [
+        "0",
+        "1",
+        "-0",
+        "-1",
+        "+1",
+        "4294967295",
+        "4294967296",
+        "9223372036854775807",
+        "9223372036854775808",
+        "-9223372036854775808",
+        "18446744073709551614",
+        "18446744073709551615",
+        "18446744073709551616",
+        "340282366920938463463374607431768211456",
+        "16777216T",
+        "99999999999999999999T",
+        "1.5",
+        "1e9",
+        "NaN",
+        "inf",
+        "0x10",
+        "",
+    ];
+    /// Those that are no number of anything.
+    const NO_NUMBERS: [&str; 6] = ["1.5", "1e9", "NaN", "inf", "0x10", ""];
+
+    /// The words that lead to each command, and what it takes.
+    fn commands(command: &clap::Command, words: &[String]) -> Vec<(Vec<String>, clap::Command)> {
+        let mut all = vec![(words.to_vec(), command.clone())];
+        for sub in command.get_subcommands() {
+            let words = [words, &[sub.get_name().to_owned()]].concat();
+            all.extend(commands(sub, &words));
+        }
+        all
+    }
+
+    /// The command line with `value` for `arg`, and something for whatever else has to be there.
+    fn line(
+        words: &[String],
+        command: &clap::Command,
+        arg: &clap::Arg,
+        value: &str,
+    ) -> Vec<String> {
+        let mut line = words.to_vec();
+        let name = |arg: &clap::Arg| arg.get_long().map(|long| format!("--{long}"));
+        for other in command.get_arguments().filter(|other| other.is_required_set()) {
+            if other.get_id() != arg.get_id() {
+                line.extend(name(other));
+                line.push("x".into());
+            }
+        }
+        // What `--seed` needs.
+        line.extend((arg.get_id() == "seed").then(|| "--deterministic".to_owned()));
+        line.push(match name(arg) {
+            Some(name) => format!("{name}={value}"),
+            None => value.to_owned(),
+        });
+        line
+    }
+
+    #[test]
+    fn every_option_survives_every_number_and_a_numeric_one_takes_only_what_it_can_use() {
+        let is_number = |arg: &clap::Arg| {
+            let id = arg.get_value_parser().type_id();
+            id == std::any::TypeId::of::<Size>()
+                || id == std::any::TypeId::of::<u64>()
+                || id == std::any::TypeId::of::<u32>()
+                || id == std::any::TypeId::of::<i32>()
+                || id == std::any::TypeId::of::<std::num::NonZeroUsize>()
+        };
+        let mut numeric = Vec::new();
+        for (words, command) in commands(&Cli::command(), &["squib".into()]) {
+            for arg in command.get_arguments().filter(|arg| arg.get_action().takes_values()) {
+                for value in EXTREMES {
+                    // No panic is the test.
+                    let parsed = Cli::try_parse_from(line(&words, &command, arg, value));
+                    if is_number(arg) && NO_NUMBERS.contains(&value) {
+                        assert!(parsed.is_err(), "{words:?} {} {value}", arg.get_id());
+                    }
+                }
+                // By its name for people a number, so that the walk sees every one.
+                let said = arg.get_value_names().unwrap_or_default();
+                let is_said = said.iter().any(|name| name == "N" || name == "SIZE");
+                assert_eq!(is_said, is_number(arg), "{words:?} {}", arg.get_id());
+                if is_number(arg) {
+                    numeric.push(arg.get_id().to_string());
+                }
+            }
+        }
+        numeric.sort();
+        let known =
+            ["chunk_size", "cpus", "cpus", "keep", "level", "memory", "memory", "seed", "threads"];
+        // A new one gets its bounds, and then a line in the test of bounds.
+        assert_eq!(numeric, known);
+    }
+
+    #[test]
+    fn the_bounds_of_numbers_are_those_of_what_they_count() {
+        let run = ["squib", "run", "--kernel=K"];
+        let demo = ["squib", "demo"];
+        let create = ["squib", "snapshot", "create", "a", "--output=o"];
+        let prune = ["squib", "snapshot", "cache", "prune"];
+        let most_memory = "1046528M";
+        for (words, flag, taken, refused) in [
+            (&run[..], "cpus", &["1", "32"][..], &["0", "33", "4294967297", "-1"][..]),
+            (&demo, "cpus", &["1", "32"], &["0", "33"]),
+            (&run, "memory", &["64M", most_memory], &["0", "63M", "65M", "1023G", "16777216T"]),
+            (&demo, "memory", &["64M", most_memory], &["0", "62M", "1T"]),
+            (&run, "seed", &["0", "18446744073709551615"], &["-1", "18446744073709551616"]),
+            (&create, "threads", &["1", "256"], &["0", "257", "9223372036854775808", "-1"]),
+            (&create, "level", &["-131072", "0", "22"], &["-131073", "23", "9223372036854775808"]),
+            (&create, "chunk-size", &["16K", "64K", "4M", "4"], &["0", "8K", "17K", "8M", "4096G"]),
+            (&prune, "keep", &["0", "16777215T"], &["-1", "16777216T"]),
+        ] {
+            let parse = |value: &str| {
+                let more = (flag == "seed").then_some("--deterministic".to_owned());
+                let words = words.iter().map(|word| (*word).to_owned()).chain(more);
+                Cli::try_parse_from(words.chain([format!("--{flag}={value}")]))
+            };
+            for value in taken {
+                assert!(parse(value).is_ok(), "--{flag}={value}: {:?}", parse(value));
+            }
+            for value in refused {
+                let error = parse(value).expect_err(value).to_string();
+                assert!(error.contains(value), "--{flag}={value}: {error}");
+            }
+        }
     }
 
     #[test]

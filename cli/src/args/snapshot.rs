@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{DiskModeArg, DiskPlace, OnReset, Size, VmArgs};
+use super::{DiskModeArg, DiskPlace, OnReset, Size, VmArgs, chunk_size, threads};
 use crate::api::types::Durability;
 
 #[derive(Debug, Subcommand)]
@@ -85,14 +85,19 @@ pub(crate) struct CreateArgs {
     #[arg(long)]
     pub(crate) no_reflink: bool,
     /// zstd level of the snapshot's frames [default: 1].
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        value_parser = clap::value_parser!(i32).range(zstd_levels())
+    )]
     pub(crate) level: Option<i32>,
     /// Size of the chunks that are hashed, compressed and restored each on its own: a power of two from 16K
     /// to 4M [default: 64K].
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) chunk_size: Option<Size>,
+    #[arg(long, value_name = "SIZE", value_parser = chunk_size)]
+    pub(crate) chunk_size: Option<u32>,
     /// Threads that hash and compress [default: all cores].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<std::num::NonZeroUsize>,
     /// Replace a snapshot that is there, unless others build on it.
     #[arg(long)]
@@ -361,6 +366,11 @@ pub(crate) struct RmArgs {
     /// Print what was removed as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn zstd_levels() -> std::ops::RangeInclusive<i64> {
+    let levels = squib_formats::image::levels();
+    i64::from(*levels.start())..=i64::from(*levels.end())
 }
 
 /// Where a difference's parents are.

@@ -1,6 +1,9 @@
 //! Values of several parts.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{num::NonZeroUsize, path::PathBuf, str::FromStr};
+
+use squib_formats::image::{MAX_THREADS, is_chunk_size};
+use squib_vmm::config::MachineConfig;
 
 use crate::api::types::{DiskMode, DiskModeParam};
 
@@ -131,6 +134,33 @@ impl FromStr for Size {
         let number: u64 = digits.parse().map_err(|_| wrong())?;
         number.checked_mul(1 << shift).map(Self).ok_or_else(wrong)
     }
+}
+
+/// The size of a guest's memory.
+pub(crate) fn memory(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse()?;
+    MachineConfig::check_memory(size.0).map_err(|why| why.to_string())?;
+    Ok(size)
+}
+
+/// A number of vCPUs.
+pub(crate) fn cpus(text: &str) -> Result<u32, String> {
+    let count = text.parse().map_err(|_| "a number of vCPUs is expected".to_owned())?;
+    MachineConfig::check_vcpus(count).map_err(|why| why.to_string())?;
+    Ok(count)
+}
+
+/// A number of threads.
+pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    let count = text.parse().ok().filter(|count: &NonZeroUsize| count.get() <= MAX_THREADS);
+    count.ok_or_else(|| format!("1 to {MAX_THREADS} threads are possible"))
+}
+
+/// The size of a chunk.
+pub(crate) fn chunk_size(text: &str) -> Result<u32, String> {
+    let size: Size = text.parse()?;
+    let size = u32::try_from(size.0).ok().filter(|size| is_chunk_size(*size));
+    size.ok_or_else(|| "a power of two from 16K to 4M is expected".into())
 }
 
 #[cfg(test)]

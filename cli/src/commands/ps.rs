@@ -1,5 +1,7 @@
 //! `squib ps`.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use crate::{
@@ -18,15 +20,17 @@ struct Line {
     state: Option<InstanceState>,
 }
 
+/// How long the VMs may take to answer, all together.
+const WAIT: Duration = Duration::from_secs(1);
+
 pub(crate) fn ps(args: &PsArgs) -> Result<Code> {
-    let running = Home::open().and_then(|home| home.running()).code(Code::Failed)?;
-    let lines: Vec<Line> = running
-        .into_iter()
-        .map(|record| {
-            let state = Client::new(&record.socket).info().ok().map(|info| info.state);
-            Line { record, state }
-        })
-        .collect();
+    let running = Home::find().and_then(|home| home.running()).code(Code::Failed)?;
+    let client = |record: &VmRecord| Client::new(&record.socket).within(WAIT);
+    let clients: Vec<Client> = running.iter().map(client).collect();
+    let answers = Client::info_of_all(&clients).code(Code::Failed)?;
+    let states = answers.into_iter().map(|info| Some(info.ok()?.state));
+    let lines: Vec<Line> =
+        running.into_iter().zip(states).map(|(record, state)| Line { record, state }).collect();
     if args.json {
         print_json(&lines)?;
         return Ok(Code::Done);

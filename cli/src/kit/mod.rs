@@ -20,7 +20,6 @@ mod rootfs;
 use std::{
     fs,
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -28,6 +27,8 @@ use std::{
 use apt::Apt;
 use rustix::fs::{FlockOperation, flock};
 use squib_formats::storage;
+
+use crate::home::folder::{self, FolderError, Others};
 
 /// What a guest runs to keep its wall clock with its RTC.
 const CLOCK: &str = include_str!("clock.sh");
@@ -131,6 +132,9 @@ pub enum KitError {
     /// No variable names a cache folder.
     #[error("no cache folder: set SQUIB_CACHE, or HOME")]
     NoCacheDir,
+    /// The cache folder cannot be made, or is not the user's own.
+    #[error("{0}; or name another one with SQUIB_CACHE")]
+    Folder(#[from] FolderError),
     /// A program that the kit needs is missing.
     #[error(
         "the guest kit needs `{tool}` ({comes_with}), and it is not installed. \
@@ -221,18 +225,19 @@ struct Store {
 
 impl Store {
     fn open() -> Result<Self, KitError> {
-        let dir = cache_dir()?.join("kit");
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&dir)
-            .map_err(|e| KitError::io(&dir, e))?;
-        Ok(Self { dir })
+        let (cache, store) = (cache_dir()?, Self::find()?);
+        folder::make(&cache, Others::MayRead)?;
+        folder::make(&store.dir, Others::MayRead)?;
+        Ok(store)
     }
 
     /// As [`open`](Self::open), but nothing is made.
     fn find() -> Result<Self, KitError> {
-        Ok(Self { dir: cache_dir()?.join("kit") })
+        let cache = cache_dir()?;
+        let dir = cache.join("kit");
+        folder::check(&cache, Others::MayRead)?;
+        folder::check(&dir, Others::MayRead)?;
+        Ok(Self { dir })
     }
 
     fn current(&self) -> Option<Version> {

@@ -52,6 +52,64 @@ fn the_end_of_input_does_not_end_the_vm_and_a_signal_does() {
 }
 
 #[test]
+fn signals_that_were_ignored_at_the_start_stay_so() {
+    let place = Place::new();
+    // As nohup does, and a shell without job control for what it starts in the background.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "trap '' HUP INT QUIT; exec \"$@\"", "sh", SQUIB])
+        .args(["run", "--kernel", "kernel", "--memory", "64M", "--backend", BACKEND])
+        .current_dir(place.dir.path())
+        .env("SQUIB_HOME", place.path("home"));
+    let vm = Vm::start(command);
+    vm.wait_lines(1);
+    for signal in [Signal::HUP, Signal::INT, Signal::QUIT] {
+        vm.signal(signal);
+    }
+    vm.wait_lines(3);
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.end().0.code(), Some(143));
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn every_signal_that_ends_a_process_leaves_nothing() {
+    for signal in [Signal::QUIT, Signal::HUP, Signal::USR1] {
+        let place = Place::new();
+        let vm = place.run(&[]);
+        vm.wait_lines(1);
+        vm.signal(signal);
+        assert_eq!(vm.end().0.code(), Some(128 + signal.as_raw()));
+        assert!(place.left().is_empty());
+    }
+}
+
+#[test]
+fn a_vm_that_is_stopped_holds_up_no_client() {
+    let place = Place::new();
+    let words = ["run", "--kernel", "kernel", "--memory", "64M", "--backend", BACKEND, "--name"];
+    let run = |name| place.vm(&[&words[..], &[name]].concat());
+    let (vm, other) = (run("a"), run("b"));
+    vm.wait_lines(1);
+    other.wait_lines(1);
+    vm.signal(Signal::STOP);
+    let (code, list, error) = place.done(&["ps"]);
+    assert_eq!(code, 0, "{error}");
+    let line = |name: &str| list.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
+    assert!(line("a ").contains("no answer"), "{list}");
+    // Not its state, which may take longer than `ps` waits, on a machine under load.
+    assert!(line("b ").contains("b/api.sock"), "{list}");
+    let (code, _, error) = place.done(&["snapshot", "create", "a", "-o", "snap"]);
+    assert_eq!((code, error.contains("kill -CONT")), (6, true), "{error}");
+    let (code, _, error) = place.done(&["run", "--kernel", "kernel", "--name", "a"]);
+    assert_eq!((code, error.contains("already running")), (2, true), "{error}");
+    vm.signal(Signal::CONT);
+    vm.wait_lines(2);
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.end().0.code(), Some(143));
+}
+
+#[test]
 fn a_snapshot_goes_on_in_a_new_process_with_the_next_round() {
     let place = Place::new();
     let vm = place.run(&["--name", "a"]);

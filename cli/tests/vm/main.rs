@@ -6,6 +6,7 @@ mod console;
 mod faults;
 mod inputs;
 mod life;
+mod limits;
 mod modes;
 mod reboot;
 mod stdio;

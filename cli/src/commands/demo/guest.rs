@@ -68,9 +68,9 @@ impl Guest {
         };
         let shared = Arc::new(Shared::default());
         let console = shared.clone();
-        thread::spawn(move || console.read_console(stdout, show));
+        thread::Builder::new().spawn(move || console.read_console(stdout, show))?;
         let messages = shared.clone();
-        thread::spawn(move || messages.read_messages(stderr));
+        thread::Builder::new().spawn(move || messages.read_messages(stderr))?;
         Ok(Self { child, stdin, socket: socket.to_owned(), shared })
     }
 

@@ -12,7 +12,7 @@ use squib_vmm::config::NAME_MAX;
 use super::Property;
 use crate::{
     commands::snapshot::template_cache,
-    home::Home,
+    home::{Home, folder::nearest},
     kit::{self, Kit, cache_dir},
     output::bytes,
 };
@@ -24,7 +24,7 @@ pub(super) fn properties() -> Vec<Property> {
     let mut properties = Vec::new();
     match Home::folders() {
         Ok((run, state)) => {
-            properties.push(run_folder(&run, &state));
+            properties.push(run_folder(&run));
             properties.push(folder("state folder", &state).required());
             properties.push(socket_path());
             properties.push(room("room, state", &state));
@@ -46,12 +46,12 @@ pub(super) fn properties() -> Vec<Property> {
     properties
 }
 
-/// The run-time folder, made as a VM's start would make it.
-fn run_folder(run: &Path, state: &Path) -> Property {
-    match Home::at(run, state) {
+/// The run-time folder. Nothing is made: a VM's start does that.
+fn run_folder(run: &Path) -> Property {
+    match Home::find() {
         Ok(_) => folder("run folder", run).required(),
         Err(error) => Property::missing("run folder", said(&error))
-            .advice("set SQUIB_HOME to a folder of your own")
+            .advice("set SQUIB_HOME to a folder of your own that others cannot write to")
             .required(),
     }
 }
@@ -70,15 +70,19 @@ fn said(error: &dyn std::error::Error) -> String {
     said
 }
 
-/// Whether a file can be made in `dir`, which is made if it is not there.
+/// Whether a file can be made in `dir`, or where `dir` is not there, in what it would be made in.
 fn folder(name: &str, dir: &Path) -> Property {
-    let trial = fs::create_dir_all(dir).and_then(|()| Trial::new(dir, "w"));
+    let there = nearest(dir);
     let place = dir.display();
-    match trial {
-        Ok(_) if in_memory(dir) => {
-            Property::ok(name, format!("{place} is writable, and in memory (tmpfs)"))
+    let can = match there == dir {
+        true => "is writable",
+        false => "is not there yet and can be made",
+    };
+    match Trial::new(there, "w") {
+        Ok(_) if in_memory(there) => {
+            Property::ok(name, format!("{place} {can}, in memory (tmpfs)"))
         }
-        Ok(_) => Property::ok(name, format!("{place} is writable")),
+        Ok(_) => Property::ok(name, format!("{place} {can}")),
         Err(error) => Property::missing(name, format!("{place} cannot be written: {error}"))
             .advice(
                 "see its owner and mode, or name another folder with SQUIB_HOME or SQUIB_CACHE",
@@ -89,7 +93,7 @@ fn folder(name: &str, dir: &Path) -> Property {
 /// Whether control sockets fit into socket addresses.
 fn socket_path() -> Property {
     let name = "socket path";
-    let home = match Home::open() {
+    let home = match Home::find() {
         Ok(home) => home,
         Err(error) => return Property::missing(name, said(&error)).required(),
     };
@@ -109,6 +113,7 @@ fn socket_path() -> Property {
 }
 
 fn room(name: &str, dir: &Path) -> Property {
+    let dir = nearest(dir);
     let stat = match rustix::fs::statvfs(dir) {
         Ok(stat) => stat,
         Err(error) => return Property::note(name, format!("{}: {error}", dir.display())),
@@ -127,7 +132,7 @@ fn room(name: &str, dir: &Path) -> Property {
 
 /// Whether the file system shares the blocks of copies, from a file that is cloned.
 fn clones(name: &str, dir: &Path) -> Property {
-    match try_clone(dir) {
+    match try_clone(nearest(dir)) {
         Ok(()) => Property::ok(name, "copies of files share their blocks (reflink)"),
         Err(error) => Property::note(name, format!("no reflinks ({error})"))
             .advice("copies of disk images take time and room; btrfs, XFS and APFS share them"),
@@ -232,8 +237,7 @@ mod tests {
     fn a_folder_is_tried_and_nothing_is_left_in_it() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(folder("f", &dir.path().join("a/b")).status, Status::Ok);
-        let _ = clones("c", dir.path());
-        fs::remove_dir_all(dir.path().join("a")).unwrap();
+        let _ = clones("c", &dir.path().join("a/b"));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 

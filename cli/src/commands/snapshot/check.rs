@@ -25,7 +25,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<Code> {
     let disk_dir = match &args.disk_dir {
         Some(dir) => absolute(dir)?,
         // Where a restore puts the disks unless it is told otherwise.
-        None => Home::open().code(Code::Failed)?.disks().to_owned(),
+        None => Home::find().code(Code::Failed)?.disks().to_owned(),
     };
     let bar = ByteBar::new("check");
     let options = CheckOptions {

@@ -6,14 +6,12 @@ use std::{
     time::Duration,
 };
 
-use squib_formats::image::is_chunk_size;
-
 use crate::{
     api::{
         client::{Client, ClientError},
         types::{SnapshotCreateParams, SnapshotReport, SnapshotType},
     },
-    args::{CreateArgs, DiskModeArg, Size},
+    args::{CreateArgs, DiskModeArg},
     commands::run::absolute,
     events,
     exit::{Code, Failure, Result, WithCode},
@@ -24,9 +22,11 @@ use crate::{
 
 /// How often the VM is asked how far it is.
 const ASK: Duration = Duration::from_millis(100);
+/// The same where no one sees it: it is to notice that the VM is gone.
+const ASK_UNSEEN: Duration = Duration::from_secs(1);
 
 pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
-    let socket = Home::open().and_then(|home| home.socket(&args.vm)).code(Code::Control)?;
+    let socket = Home::find().and_then(|home| home.socket(&args.vm)).code(Code::Control)?;
     let client = Client::new(&socket);
     // The VM gives the snapshot up when nobody waits for it any more.
     events::end_on_signal(|| ())?;
@@ -43,11 +43,11 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
         disk_mode: args.disk_modes.iter().flat_map(DiskModeArg::params).collect(),
         no_reflink: args.no_reflink,
         level: args.level,
-        chunk_size: args.chunk_size.map(chunk_size).transpose()?,
+        chunk_size: args.chunk_size,
         threads: args.threads,
         durability: Some(args.durability),
     };
-    let report = request(&client, params).map_err(failure)?;
+    let report = request(&client, params)?;
     if args.json {
         print_json(&report)?;
     } else {
@@ -56,36 +56,35 @@ pub(crate) fn create(args: &CreateArgs) -> Result<Code> {
     Ok(Code::Done)
 }
 
-fn chunk_size(size: Size) -> Result<u32> {
-    u32::try_from(size.0).ok().filter(|size| is_chunk_size(*size)).ok_or_else(|| {
-        let why = "--chunk-size: a power of two from 16K to 4M is expected";
-        Failure::new(Code::Usage, anyhow::anyhow!(why))
-    })
-}
-
-/// Sends the request, and shows how far it is while the answer is on its way.
-fn request(
-    client: &Client,
-    params: SnapshotCreateParams,
-) -> std::result::Result<SnapshotReport, ClientError> {
+/// Sends the request, and shows how far it is while the answer is on its way. A VM that no longer tells how far it is
+/// has been stopped, or hangs.
+fn request(client: &Client, params: SnapshotCreateParams) -> Result<SnapshotReport> {
     let (sender, answer) = mpsc::channel();
     let caller = client.clone();
-    thread::spawn(move || drop(sender.send(caller.snapshot(&params))));
+    thread::Builder::new()
+        .name("create".into())
+        .spawn(move || drop(sender.send(caller.snapshot(&params))))?;
     let bar = ByteBar::new("snapshot");
+    let pause = if bar.is_shown() { ASK } else { ASK_UNSEEN };
     loop {
-        match answer.recv_timeout(ASK) {
-            Ok(answer) => return answer,
+        match answer.recv_timeout(pause) {
+            Ok(answer) => return answer.map_err(failure),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 unreachable!("the thread sends an answer before it ends")
             }
         }
-        if bar.is_shown()
-            && let Ok(progress) = client.progress()
-            && progress.total > 0
-        {
-            bar.name(&progress.phase);
-            bar.set(progress.done, progress.total, progress.stored);
+        match client.progress() {
+            Ok(progress) if progress.total > 0 => {
+                bar.name(&progress.phase);
+                bar.set(progress.done, progress.total, progress.stored);
+            }
+            // The answer may have come in the last moment.
+            Err(error @ ClientError::NoAnswer { .. }) => {
+                return answer.try_recv().unwrap_or(Err(error)).map_err(failure);
+            }
+            // The answer tells more than these.
+            Ok(_) | Err(_) => {}
         }
     }
 }
@@ -94,6 +93,7 @@ fn failure(error: ClientError) -> Failure {
     let code = match error {
         ClientError::Fault { .. } => Code::Snapshot,
         ClientError::Connect { .. } | ClientError::NoAnswer { .. } => Code::Control,
+        ClientError::Host { .. } => Code::Failed,
     };
     Failure::new(code, error)
 }

@@ -29,8 +29,11 @@ use crate::{
     commands::run,
     events,
     exit::{Code, Complaint, Failure, Result, WithCode},
-    home::VmDir,
-    kit::cache_dir,
+    home::{
+        VmDir,
+        folder::{self, Others},
+    },
+    kit::{KitError, cache_dir},
     output::{ByteBar, bytes, say},
     plain::shell_word,
     session::Session,
@@ -233,7 +236,9 @@ pub(crate) fn disk_load(mode: ModeArg, stay: bool) -> DiskLoad {
 
 /// The user's templates.
 pub(crate) fn template_cache() -> Result<TemplateCache> {
-    let dir = cache_dir().code(Code::Failed)?.join("templates");
+    let cache = cache_dir().code(Code::Failed)?;
+    folder::check(&cache, Others::MayRead).map_err(KitError::from).code(Code::Failed)?;
+    let dir = cache.join("templates");
     let limit = match std::env::var("SQUIB_TEMPLATES") {
         Ok(limit) => limit
             .parse::<Size>()
