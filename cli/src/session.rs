@@ -90,7 +90,7 @@ impl Session<'_> {
             match machine.resume() {
                 // A damaged snapshot may have ended it already.
                 Ok(()) | Err(MachineError::Ended(_)) => {}
-                Err(error) => return Err(Failure::new(Code::Failed, error)),
+                Err(error) => return Err(run::failure(error)),
             }
         }
         watch(machine.clone(), events.clone())?;

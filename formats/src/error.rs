@@ -43,6 +43,17 @@ pub enum FormatError {
         /// What it lacks.
         why: String,
     },
+    /// The directory is a snapshot, and holds what is not the snapshot's: it is not replaced.
+    #[error(
+        "{}: it holds what does not belong to the snapshot, and is not replaced: {}; move that away first",
+        .path.display(), .names.join(", ")
+    )]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// Names in it.
+        names: Vec<String>,
+    },
     /// A file name that could leave the directory or hide in it.
     #[error("`{}` cannot be the name of a file in a snapshot", .name.escape_debug())]
     Name {
@@ -187,6 +198,7 @@ impl FormatError {
             Self::Format { .. } | Self::Unlisted { .. } => Some("manifest"),
             Self::Exists { .. }
             | Self::NotASnapshot { .. }
+            | Self::Foreign { .. }
             | Self::MissingParent { .. }
             | Self::ChainTooLong { .. }
             | Self::Cancelled

@@ -9,7 +9,10 @@ use std::{
     path::Path,
 };
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::{
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags},
+    io::Errno,
+};
 
 use crate::storage;
 
@@ -62,9 +65,35 @@ pub trait Layer: Debug + Send + Sync {
         Ok(rustix::fs::unlinkat(dir, name, AtFlags::empty())?)
     }
 
+    /// Removes the files `names` of a snapshot that was replaced, and its directory `path` if nothing else is
+    /// in it; false if there is.
+    fn remove_old(&self, path: &Path, names: &[String]) -> io::Result<bool> {
+        remove_files(path, names.iter().map(String::as_str))
+    }
+
     /// Removes the directory at `path` and all that is in it.
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_dir_all(path)
+    }
+}
+
+/// Removes the regular files called `names` in the directory at `path`, and then the directory. False if
+/// something else is in it: that stays, and so does the directory.
+pub fn remove_files<'a>(path: &Path, names: impl IntoIterator<Item = &'a str>) -> io::Result<bool> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    for name in names {
+        match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {
+                rustix::fs::unlinkat(&dir, name, AtFlags::empty())?;
+            }
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match rustix::fs::rmdir(path) {
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+        removed => Ok(removed.map(|()| true)?),
     }
 }
 

@@ -8,7 +8,7 @@
 use std::{
     ffi::OsString,
     fs::{self, File},
-    io::{self, Read},
+    io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -26,9 +26,11 @@ use crate::{
     digest::Digest,
     error::FormatError,
     header::{self, Header},
-    layer::{Layer, Real},
+    layer::{Layer, Real, remove_files},
     manifest::{self, FileRecord, Manifest},
-    names, storage,
+    names,
+    snapshot_dir::Snapshot,
+    storage,
 };
 
 /// Bytes that are gathered before a write; a quarter of that is written as it comes.
@@ -41,8 +43,8 @@ const WRITEBACK: u64 = 8 << 20;
 pub enum Existing {
     /// Leave it, and refuse.
     Refuse,
-    /// Replace it in one step once the new one is safe. Only a snapshot or an empty directory is
-    /// replaced, never anything else.
+    /// Replace it in one step once the new one is safe. Only a snapshot in whose directory nothing else is, or
+    /// an empty directory is replaced. What comes into it meanwhile is kept, beside it.
     Replace,
 }
 
@@ -252,8 +254,8 @@ impl Staging {
             let name = self.target.display().to_string();
             move |error| FormatError::io(name, action, error)
         };
-        check_place(&self.target, self.existing)?;
-        let replaces = fs::symlink_metadata(&self.target).is_ok();
+        let replaced = check_place(&self.target, self.existing)?;
+        let replaces = replaced.is_some();
         let flags = match replaces {
             true => RenameFlags::EXCHANGE,
             false => RenameFlags::NOREPLACE,
@@ -299,11 +301,40 @@ impl Staging {
             return Err(io("sync the place of")(error));
         }
         self.published = true;
-        if replaces && let Err(error) = self.layer.remove(&old) {
-            // The new snapshot is safe; the next writer to this place sweeps what is left of the old.
-            tracing::warn!("{}: cannot remove the replaced snapshot: {error}", old.display());
+        if let Some(names) = replaced {
+            match self.layer.remove_old(&old, &names) {
+                Ok(true) => {}
+                Ok(false) => self.keep_rest(&old),
+                // The new snapshot is safe; the next writer to this place sweeps what is left of the old.
+                Err(error) => {
+                    tracing::warn!(
+                        "{}: cannot remove the replaced snapshot: {error}",
+                        old.display()
+                    );
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Gives what came into the replaced directory at the last moment a place where it is found and not swept.
+    fn keep_rest(&self, old: &Path) {
+        for count in 0..100 {
+            let mut kept = self.target.clone();
+            kept.as_mut_os_string().push(format!(".rest-{}-{count}", std::process::id()));
+            match fs::symlink_metadata(&kept) {
+                Ok(_) => continue,
+                Err(_) => match self.rename(old, &kept) {
+                    Ok(()) => tracing::warn!(
+                        "{}: what came into the replaced snapshot meanwhile is in {}",
+                        self.target.display(),
+                        kept.display()
+                    ),
+                    Err(error) => tracing::warn!("{}: cannot rename: {error}", old.display()),
+                },
+            }
+            return;
+        }
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -434,50 +465,92 @@ impl StagedFile {
     }
 }
 
-/// Whether a snapshot may be put at `target`.
-fn check_place(target: &Path, existing: Existing) -> Result<(), FormatError> {
+/// Whether a snapshot may be put at `target`, and the names of the files that it replaces there, if there is
+/// something.
+fn check_place(target: &Path, existing: Existing) -> Result<Option<Vec<String>>, FormatError> {
     let io = |error| FormatError::io(target.display().to_string(), "look at", error);
-    let refused = |why: &str| {
+    let refused = |why: String| {
         let why = format!("{why}; it is not replaced");
         Err(FormatError::NotASnapshot { path: target.to_owned(), why })
     };
     let kind = match fs::symlink_metadata(target) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         found => found.map_err(io)?.file_type(),
     };
     if existing == Existing::Refuse {
         return Err(FormatError::Exists { path: target.to_owned() });
     }
     if !kind.is_dir() {
-        return refused("it is not a directory");
+        return refused("it is not a directory".into());
     }
     if fs::read_dir(target).map_err(io)?.next().is_none() {
-        return Ok(());
+        return Ok(Some(Vec::new()));
     }
-    let mut magic = [0; header::MAGIC.len()];
-    let read = File::open(target.join(manifest::FILE)).and_then(|mut f| f.read_exact(&mut magic));
-    match read.is_ok() && magic == header::MAGIC {
-        true => Ok(()),
-        false => refused("it has files, but no squib manifest"),
+    // Only a manifest that can be read tells which files are the snapshot's.
+    let snapshot = match Snapshot::open(target) {
+        Ok(snapshot) => snapshot,
+        Err(FormatError::NotASnapshot { .. }) => {
+            return refused("it has files, but no squib manifest".into());
+        }
+        Err(error) => return refused(format!("what is in it cannot be told ({error})")),
+    };
+    let names = snapshot.unlisted()?;
+    match names.is_empty() {
+        true => Ok(Some(snapshot.own_names().map(str::to_owned).collect())),
+        false => Err(FormatError::Foreign { path: target.to_owned(), names }),
     }
 }
 
-/// Removes staging directories whose writers are gone. What cannot be removed does no harm.
+/// Removes staging directories whose writers are gone: those with a name that a writer gives, and of what is in
+/// them regular files only. What cannot be removed does no harm.
 fn sweep(parent: &Path, prefix: &OsString) {
     let Ok(entries) = fs::read_dir(parent) else {
         return;
     };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        if !name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
+        let Some(rest) = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes()) else {
+            continue;
+        };
+        if !is_staging(rest) {
             continue;
         }
-        if let Ok(Some(_lock)) = open_locked(&entry.path())
-            && let Err(error) = fs::remove_dir_all(entry.path())
-        {
-            tracing::warn!("{}: cannot remove: {error}", entry.path().display());
+        let path = entry.path();
+        if let Ok(Some(_lock)) = open_locked(&path) {
+            let files = fs::read_dir(&path).into_iter().flatten().flatten();
+            let names = files.filter_map(|file| file.file_name().into_string().ok());
+            let names: Vec<String> = names.filter(|name| is_a_writers(name)).collect();
+            match remove_files(&path, names.iter().map(String::as_str)) {
+                Ok(true) => {}
+                Ok(false) => tracing::warn!("{}: it holds more than a snapshot", path.display()),
+                Err(error) => tracing::warn!("{}: cannot remove: {error}", path.display()),
+            }
         }
     }
+}
+
+/// Whether a snapshot can have a file of that name.
+fn is_a_writers(name: &str) -> bool {
+    let fixed = [
+        manifest::FILE,
+        manifest::STATE_FILE,
+        manifest::WORKING_SET_FILE,
+        manifest::KERNEL_FILE,
+        manifest::INITRD_FILE,
+    ];
+    let image = [".idx", ".zst", ".raw"].iter().any(|end| name.ends_with(end));
+    names::check(name).is_ok() && (image || fixed.contains(&name))
+}
+
+/// Whether `name` is what a writer or a removal puts behind the prefix of its directories: PID-COUNT,
+/// PID-COUNT-old or PID-removed-COUNT.
+fn is_staging(name: &[u8]) -> bool {
+    let name = name.strip_suffix(b"-old").unwrap_or(name);
+    let mut parts = name.split(|byte| *byte == b'-').filter(|part| *part != b"removed");
+    let number = |part: Option<&[u8]>| {
+        part.is_some_and(|part| !part.is_empty() && part.iter().all(u8::is_ascii_digit))
+    };
+    number(parts.next()) && number(parts.next()) && parts.next().is_none()
 }
 
 /// Makes a directory of a new name, mode 0700, and locks it.

@@ -117,20 +117,28 @@ impl Snapshot {
         self.dir.as_fd()
     }
 
-    /// Names in the directory that the manifest does not list, sorted.
+    /// Names in the directory of what is not the snapshot's, sorted: of what the manifest does not list, and of
+    /// what is no regular file although its name is listed.
     pub fn unlisted(&self) -> Result<Vec<String>, FormatError> {
         let io = |error| FormatError::io(self.path.display().to_string(), "list", error);
         let mut names = Vec::new();
+        let own: Vec<&str> = self.own_names().collect();
         for entry in std::fs::read_dir(&self.path).map_err(io)? {
-            names.push(entry.map_err(io)?.file_name().to_string_lossy().into_owned());
+            let entry = entry.map_err(io)?;
+            let name = entry.file_name();
+            let listed = name.to_str().is_some_and(|name| own.contains(&name));
+            if !listed || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                names.push(name.to_string_lossy().into_owned());
+            }
         }
-        let known = |name: &String| {
-            [manifest::FILE, manifest::WORKING_SET_FILE].contains(&&**name)
-                || self.manifest.file(name).is_ok()
-        };
-        names.retain(|name| !known(name));
         names.sort();
         Ok(names)
+    }
+
+    /// The names that the snapshot's files have, whether they are there or not.
+    pub fn own_names(&self) -> impl Iterator<Item = &str> {
+        let fixed = [manifest::FILE, manifest::WORKING_SET_FILE].into_iter();
+        fixed.chain(self.manifest.files.iter().map(|file| &*file.name))
     }
 }
 

@@ -13,11 +13,13 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, Mode, OFlags},
+    fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags},
     io::Errno,
 };
 use serde::Serialize;
-use squib_formats::{digest::Digest, error::FormatError, snapshot_dir::Snapshot, storage};
+use squib_formats::{
+    digest::Digest, error::FormatError, layer::remove_files, snapshot_dir::Snapshot, storage,
+};
 
 /// A snapshot that needs another one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -140,8 +142,12 @@ pub fn remove(path: &Path, places: &[PathBuf], force: bool) -> Result<Removed, R
     if !force && matches!(alone, Err(Errno::WOULDBLOCK)) {
         return Err(RemoveError::InUse { path: path.clone() });
     }
+    let mut own = Vec::new();
     let (id, unlisted, dependents) = match Snapshot::open(path) {
-        Ok(snapshot) => (Some(snapshot.id()), snapshot.unlisted()?, dependents(path, places)?),
+        Ok(snapshot) => {
+            own.extend(snapshot.own_names().map(str::to_owned));
+            (Some(snapshot.id()), snapshot.unlisted()?, dependents(path, places)?)
+        }
         Err(_) if force => (None, Vec::new(), Vec::new()),
         Err(error) => {
             let why = Box::new(error);
@@ -155,7 +161,7 @@ pub fn remove(path: &Path, places: &[PathBuf], force: bool) -> Result<Removed, R
         return Err(RemoveError::Unlisted { path: path.clone(), names: unlisted });
     }
     let bytes = bytes_in(path);
-    take_away(path)?;
+    take_away(path, if force { None } else { Some(&own) })?;
     drop(alone);
     Ok(Removed { id, bytes, unlisted, dependents })
 }
@@ -242,8 +248,9 @@ impl Found {
     }
 }
 
-/// Renames the snapshot away, makes that durable, and deletes it.
-fn take_away(path: &Path) -> Result<(), RemoveError> {
+/// Renames the snapshot away, makes that durable, and deletes it: the files `own` and nothing else, or all. What
+/// is not deleted gets its place back.
+fn take_away(path: &Path, own: Option<&[String]>) -> Result<(), RemoveError> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let io = |action| {
         let path = path.to_owned();
@@ -260,7 +267,21 @@ fn take_away(path: &Path) -> Result<(), RemoveError> {
     let rest = parent.join(hidden);
     fs::rename(path, &rest).map_err(io("rename"))?;
     File::open(parent).and_then(storage::sync).map_err(io("sync the place of"))?;
-    match fs::remove_dir_all(&rest) {
+    let removed = match own {
+        None => fs::remove_dir_all(&rest),
+        Some(own) => match remove_files(&rest, own.iter().map(String::as_str)) {
+            Ok(true) => Ok(()),
+            // Something has come into it since it was looked at.
+            Ok(false) => {
+                let back = rustix::fs::renameat_with(CWD, &rest, CWD, path, RenameFlags::NOREPLACE);
+                let rest = if back.is_ok() { path.to_owned() } else { rest };
+                let source = io::ErrorKind::DirectoryNotEmpty.into();
+                return Err(RemoveError::Rest { path: path.to_owned(), rest, source });
+            }
+            Err(error) => Err(error),
+        },
+    };
+    match removed {
         // Somebody else has swept it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(source) => Err(RemoveError::Rest { path: path.to_owned(), rest, source }),

@@ -7,6 +7,7 @@ use std::{path::Path, time::Instant};
 use squib_snapshot::host;
 use squib_vmm::{
     config::{BackendKind, Deterministic, DiskConfig, MachineConfig},
+    hypervisor::HypervisorError,
     machine::{Machine, MachineError},
 };
 
@@ -50,7 +51,11 @@ pub(crate) fn code(error: &MachineError) -> Code {
         MachineError::State { .. }
         | MachineError::UnknownSection { .. }
         | MachineError::MissingSection { .. }
-        | MachineError::DuplicateSection { .. } => Code::Snapshot,
+        | MachineError::DuplicateSection { .. }
+        // What a vCPU or the interrupt controller does not take, or a chunk that cannot be had.
+        | MachineError::Hypervisor(HypervisorError::State(_) | HypervisorError::Memory(_)) => {
+            Code::Snapshot
+        }
         _ => Code::Failed,
     }
 }

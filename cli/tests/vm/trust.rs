@@ -3,6 +3,7 @@
 use std::{fs, os::unix::ffi::OsStrExt, path::Path};
 
 use squib_formats::{
+    digest::Digest,
     header::{ARCH_AARCH64, Header},
     manifest::Manifest,
     snapshot_dir::Snapshot,
@@ -76,6 +77,68 @@ fn a_disk_outside_the_snapshot_is_opened_only_where_the_user_says() {
     assert!(code == SNAPSHOT && err.contains("--disk vda=PATH"), "{code} {err}");
 }
 
+#[test]
+fn whatever_in_a_snapshot_is_refused_is_the_snapshots_fault() {
+    let place = with_outside_disk();
+    fs::copy(place.path("disk.img"), place.path("kept")).unwrap();
+    let sections = Snapshot::open(&place.path("snap")).unwrap().manifest().sections.clone();
+    for (at, section) in sections.iter().enumerate() {
+        let mut state = fs::read(place.path("snap/state")).unwrap();
+        let range = section.offset as usize..(section.offset + section.length) as usize;
+        state[range.clone()].fill(0xff);
+        let digest = Digest::of(&state[range]);
+        changed(&place, "changed", |manifest| {
+            manifest.sections[at].digest = digest;
+            let file = manifest.files.iter_mut().find(|file| file.name == "state").unwrap();
+            file.digest = Digest::of(&state);
+        });
+        fs::write(place.path("changed/state"), &state).unwrap();
+        let (code, _, err) =
+            place.done(&["snapshot", "restore", "changed", "--disk", "vda=disk.img"]);
+        assert_eq!(code, SNAPSHOT, "{} {}: {err}", section.kind, section.instance);
+        fs::remove_dir_all(place.path("changed")).unwrap();
+    }
+    for (what, change) in [
+        ("name", (|m| m.machine.name = "../x".into()) as fn(&mut Manifest)),
+        ("vCPUs", |m| m.machine.vcpus = 0),
+        ("backend", |m| m.machine.backend = "x".into()),
+    ] {
+        changed(&place, "changed", change);
+        let (code, _, err) = place.done(&["snapshot", "restore", "changed"]);
+        assert_eq!(code, SNAPSHOT, "{what}: {err}");
+        fs::remove_dir_all(place.path("changed")).unwrap();
+    }
+    assert!(place.left().is_empty());
+}
+
+#[test]
+fn what_is_the_users_own_is_not_replaced() {
+    let place = with_outside_disk();
+    fs::write(place.path("snap/notes"), "x").unwrap();
+    let mut vm = place.run(&["--name", "a"]);
+    vm.wait_lines(1);
+    let words = ["snapshot", "create", "a", "--output", "snap", "--force"];
+    let (code, _, err) = place.done(&words);
+    assert!(code == SNAPSHOT && err.contains("notes"), "{code} {err}");
+    assert_eq!(fs::read(place.path("snap/notes")).unwrap(), b"x");
+    // A manifest that nobody writes to is not waited for, and the VM can be told other things.
+    fs::create_dir(place.path("trap")).unwrap();
+    let mode = rustix::fs::Mode::RUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, place.path("trap/manifest"), mode).unwrap();
+    for words in [
+        &["snapshot", "create", "a", "--output", "trap", "--force"][..],
+        &["snapshot", "create", "a", "--output", "diff", "--diff", "trap"],
+    ] {
+        let (code, _, err) = place.done(words);
+        assert_eq!(code, SNAPSHOT, "{err}");
+    }
+    fs::remove_file(place.path("snap/notes")).unwrap();
+    let (code, _, err) = place.done(&words);
+    assert_eq!(code, 0, "{err}");
+    vm.wait_lines(1);
+    assert!(vm.child.try_wait().unwrap().is_none());
+}
+
 /// What no terminal may get, in a text that pretends to be a line of squib's own.
 const HOSTILE: &str = "x\u{1b}[2J\u{1b}]0;t\u{7}\u{9b}31m\u{7f}\u{8}\r\u{202e}\u{2066}\u{200e}\u{61c}\
                        \u{200b}\u{2028}\u{2029}\u{feff}\u{ad}\u{e0041}\t\nFORGED line";
@@ -123,7 +186,7 @@ fn no_command_writes_what_a_snapshot_holds_so_that_a_terminal_obeys_it() {
         ("section-kind", |m| m.sections[0].kind = HOSTILE.into()),
         ("section-instance", |m| m.sections[0].instance = HOSTILE.into()),
         ("hint", |m| {
-            m.parent = Some(squib_formats::digest::Digest([7; 32]));
+            m.parent = Some(Digest([7; 32]));
             m.parent_hint = Some(HOSTILE.into());
         }),
     ];

@@ -124,6 +124,11 @@ impl Layer for Faulty {
         Real.rename(from, to, flags)
     }
 
+    fn remove_old(&self, path: &Path, names: &[String]) -> io::Result<bool> {
+        self.check("remove", path)?;
+        Real.remove_old(path, names)
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.check("remove", path)?;
         Real.remove(path)
@@ -378,4 +383,29 @@ fn where_renames_cannot_exchange_two_of_them_do() {
         assert_eq!(common::names(keep.path()), ["snap"]);
         assert!(fs::metadata(&path).unwrap().is_dir());
     }
+}
+
+#[test]
+fn what_comes_into_a_snapshot_at_the_moment_when_it_is_replaced_is_kept() {
+    /// Somebody puts a file into the old snapshot just before it is exchanged.
+    #[derive(Debug)]
+    struct Late;
+    impl Layer for Late {
+        fn rename(&self, from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {
+            if flags == RenameFlags::EXCHANGE {
+                std::fs::write(to.join("late"), "x")?;
+            }
+            Real.rename(from, to, flags)
+        }
+    }
+    let (keep, path) = Create::Replace.prepare();
+    let mut staging = Staging::with_layer(&path, Existing::Replace, Arc::new(Late)).unwrap();
+    let manifest = common::stage(&mut staging, Control::default()).unwrap();
+    let id = staging.publish(manifest).unwrap();
+    assert_eq!(verify(&path, &[], Control::default()).unwrap().snapshot.id(), id);
+    // A later writer leaves it, too.
+    drop(Staging::new(&path, Existing::Replace).unwrap());
+    let names = common::names(keep.path());
+    let rest = names.iter().find(|name| name.starts_with("snap.rest-")).unwrap();
+    assert_eq!(common::names(&keep.path().join(rest)), ["late"]);
 }

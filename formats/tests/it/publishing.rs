@@ -206,3 +206,68 @@ fn a_killed_writer_leaves_the_old_snapshot_or_the_new_one() {
     drop(Staging::new(&path, Existing::Replace).unwrap());
     assert_eq!(common::names(dir.path()), ["snap"]);
 }
+
+#[test]
+fn a_snapshot_with_anything_else_in_its_directory_is_not_replaced() {
+    let (keep, path) = common::fresh();
+    let refused = |what: &str| match Staging::new(&path, Existing::Replace).unwrap_err() {
+        FormatError::Foreign { path: found, names } => {
+            assert_eq!((found, names), (path.clone(), vec![what.to_owned()]));
+        }
+        error => panic!("{what}: {error}"),
+    };
+    fs::write(path.join("notes"), "x").unwrap();
+    refused("notes");
+    fs::remove_file(path.join("notes")).unwrap();
+    // A name of the snapshot's own does not make a folder its own.
+    let data = fs::read(path.join("memory.zst")).unwrap();
+    fs::remove_file(path.join("memory.zst")).unwrap();
+    fs::create_dir(path.join("memory.zst")).unwrap();
+    refused("memory.zst");
+    fs::remove_dir(path.join("memory.zst")).unwrap();
+    fs::write(path.join("memory.zst"), data).unwrap();
+
+    let mut staging = Staging::new(&path, Existing::Replace).unwrap();
+    let manifest = common::stage(&mut staging, Control::default()).unwrap();
+    fs::write(path.join("late"), "x").unwrap();
+    let error = staging.publish(manifest).unwrap_err();
+    assert!(matches!(error, FormatError::Foreign { .. }), "{error}");
+    assert_eq!(fs::read(path.join("late")).unwrap(), b"x");
+    assert_eq!(common::names(keep.path()), ["snap"]);
+}
+
+#[test]
+fn a_manifest_that_cannot_be_read_makes_no_directory_a_snapshot() {
+    let (_keep, path) = common::fresh();
+    let manifest = path.join("manifest");
+    let whole = fs::read(&manifest).unwrap();
+    for bytes in [&whole[..8], &whole[..64], &[&whole[..], b"x"].concat(), b"", b"notes"] {
+        fs::write(&manifest, bytes).unwrap();
+        let error = Staging::new(&path, Existing::Replace).unwrap_err();
+        assert!(matches!(error, FormatError::NotASnapshot { .. }), "{error}");
+    }
+    fs::remove_file(&manifest).unwrap();
+    // Whose other end nobody opens.
+    rustix::fs::mkfifoat(rustix::fs::CWD, &manifest, rustix::fs::Mode::RUSR).unwrap();
+    let error = Staging::new(&path, Existing::Replace).unwrap_err();
+    assert!(matches!(error, FormatError::NotASnapshot { .. }), "{error}");
+}
+
+#[test]
+fn what_is_no_writers_is_not_swept() {
+    let dir = tempfile::tempdir().unwrap();
+    let kept =
+        [".snap.partial-notes", ".snap.partial-1", ".snap.partial-1-0-x", ".snap.partial-1-0"];
+    for name in kept {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        fs::write(dir.path().join(name).join("notes"), "x").unwrap();
+    }
+    let swept = dir.path().join(".snap.partial-1-removed-0");
+    fs::create_dir(&swept).unwrap();
+    fs::write(swept.join("state"), "x").unwrap();
+    drop(Staging::new(&dir.path().join("snap"), Existing::Refuse).unwrap());
+    for name in kept {
+        assert_eq!(fs::read(dir.path().join(name).join("notes")).unwrap(), b"x");
+    }
+    assert!(!swept.exists());
+}

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use squib_devices::memory::GuestRam;
+use squib_devices::{memory::GuestRam, virtio::block::BlockError};
 use squib_formats::snapshot_dir::Snapshot;
 use squib_snapshot::{
     ChangedDisks, FormatError, MemoryError, TemplateCache,
@@ -47,7 +47,13 @@ pub(crate) fn restore(args: &RestoreArgs, started: Instant) -> Result<Code> {
     // The name has to be known first: with it the VM gets its place.
     let name = match &args.name {
         Some(name) => name.clone(),
-        None => Snapshot::open(&args.dir).code(Code::Snapshot)?.manifest().machine.name.clone(),
+        None => {
+            let snapshot = Snapshot::open(&args.dir).code(Code::Snapshot)?;
+            let name = snapshot.manifest().machine.name.clone();
+            // As one that the user gives it would be a mistake of the command line.
+            MachineConfig::new(&*name, "").validate().code(Code::Snapshot)?;
+            name
+        }
     };
     // Why a reset cannot boot the guest again, once that is known.
     let hindered = RefCell::new(None);
@@ -281,6 +287,12 @@ fn failure(error: RestoreError) -> Failure {
         RestoreError::Machine(MachineError::Hypervisor(HypervisorError::Unavailable {
             ..
         })) => ": restore it with a squib, and on a host, that has this backend",
+        // The machine is the manifest's.
+        RestoreError::Machine(
+            MachineError::Config(_)
+            | MachineError::MemorySize { .. }
+            | MachineError::Disk(BlockError::Size { .. }),
+        ) => "",
         RestoreError::Machine(error) if run::code(error) != Code::Snapshot => {
             let code = run::code(error);
             return Failure::new(code, anyhow::anyhow!("{error}"));
