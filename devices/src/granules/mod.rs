@@ -240,10 +240,24 @@ impl<S: Store> Granules<S> {
         self.slow.lock().baseline = Some(baseline);
     }
 
-    /// Has `hook` called, once, when a granule cannot be had. From then on nothing that is not there yet can
-    /// be had: whoever runs the guest must stop it.
+    /// Has `hook` called, once, when a granule cannot be had; at once if that is so already. From then on
+    /// nothing that is not there yet can be had: whoever runs the guest must stop it.
     pub fn on_failure(&self, hook: impl Fn(&Unavailable) + Send + Sync + 'static) {
-        self.slow.lock().on_failure = Some(Arc::new(Box::new(hook)));
+        let mut slow = self.slow.lock();
+        let failed = slow.failed.clone();
+        let hook: Arc<OnFailure> = Arc::new(Box::new(hook));
+        slow.on_failure = Some(Arc::clone(&hook));
+        drop(slow);
+        if let Some(failure) = failed {
+            hook(&failure);
+        }
+    }
+
+    /// Takes note that the bytes will not be there for much longer: as if one of them could not be had.
+    pub fn lose(&self, why: &str) {
+        let (what, why) = (Arc::clone(&self.what), why.into());
+        let failure = Unavailable { what, offset: 0, granule_size: self.size, why };
+        self.tell(&mut self.slow.lock(), &failure);
     }
 
     /// Waits until the `len` bytes at `offset`, which lie inside, may be read, and with `write` also written.
@@ -513,13 +527,18 @@ impl<S: Store> Granules<S> {
             granule_size: 1 << self.shift,
             why: why.into(),
         };
+        self.tell(slow, &failure);
+        failure
+    }
+
+    /// Tells of the first failure.
+    fn tell(&self, slow: &mut MutexGuard<'_, Slow>, failure: &Unavailable) {
         if slow.failed.is_none() {
             slow.failed = Some(failure.clone());
             if let Some(hook) = slow.on_failure.clone() {
-                MutexGuard::unlocked(slow, || hook(&failure));
+                MutexGuard::unlocked(slow, || hook(failure));
             }
         }
-        failure
     }
 }
 

@@ -5,6 +5,7 @@
 //! [`RamRegion::get_slice`]: the one place where it waits for bytes that are not there yet, and where what
 //! is written is marked. Which those are, [`Granules`] know.
 
+mod guard;
 mod pagemap;
 mod store;
 
@@ -19,6 +20,7 @@ use vm_memory::{
     GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
+use self::guard::Guard;
 pub use self::store::RamStore;
 use crate::{
     granules::{Granules, READABLE, WRITABLE},
@@ -47,10 +49,35 @@ impl GuestRam {
         Self::over(RamStore::anonymous(size)?, shift, 0)
     }
 
-    /// RAM that begins as the bytes of `file`, which nobody changes any more, and shares their pages until it
+    /// RAM that begins as the bytes of `file`, which is open for reading only, and shares their pages until it
     /// writes to them. All of it is there and unchanged.
-    pub fn from_file(file: &File, size: u64, shift: u32) -> io::Result<Self> {
-        Self::over(RamStore::private(file, size)?, shift, READABLE)
+    ///
+    /// Nobody can change the file until the RAM is gone: who tries waits, and the granules
+    /// [fail](Granules::on_failure). From then on `is_right` has to find the file as it should be.
+    ///
+    /// # Errors
+    /// [`Unguarded`](FromFileError::Unguarded) where the system cannot give that promise.
+    pub fn from_file(
+        file: File,
+        size: u64,
+        shift: u32,
+        is_right: impl FnOnce(&File) -> bool,
+    ) -> Result<Self, FromFileError> {
+        let guard = Guard::take(file).map_err(FromFileError::Unguarded)?;
+        if !is_right(guard.file()) {
+            return Err(FromFileError::Changed);
+        }
+        let ram = Self::over(RamStore::private(guard, size)?, shift, READABLE)?;
+        let granules = Arc::downgrade(ram.granules());
+        let lose = move || {
+            if let Some(granules) = granules.upgrade() {
+                granules.lose("another program wants to change the file that they are mapped from");
+            }
+        };
+        if let Some(guard) = ram.granules().store().guard() {
+            guard.on_break(Box::new(lose));
+        }
+        Ok(ram)
     }
 
     fn over(store: RamStore, shift: u32, access: u8) -> io::Result<Self> {
@@ -91,6 +118,21 @@ impl GuestRam {
     pub fn granules(&self) -> &Arc<Granules<RamStore>> {
         &self.region.granules
     }
+}
+
+/// Why there is no RAM over a file.
+#[derive(Debug, thiserror::Error)]
+pub enum FromFileError {
+    /// Nothing would keep others from changing the file: it is on a file system without leases, say, or open
+    /// for writing.
+    #[error("it cannot be kept from changing: {0}")]
+    Unguarded(#[source] io::Error),
+    /// It is not as it should be.
+    #[error("it was changed meanwhile")]
+    Changed,
+    /// It cannot be mapped.
+    #[error(transparent)]
+    Io(#[from] io::Error),
 }
 
 /// The one region of [`GuestRam`].

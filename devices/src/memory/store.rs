@@ -1,18 +1,20 @@
 //! The mapping that RAM lies in.
 
-use std::{fs::File, io, ops::Range, sync::OnceLock};
+use std::{io, ops::Range, sync::OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 use squib_formats::image::Content;
 use vm_memory::VolatileSlice;
 
-use super::pagemap::Pagemap;
+use super::{guard::Guard, pagemap::Pagemap};
 use crate::granules::Store;
 
 /// Host memory for RAM.
 #[derive(Debug)]
 pub struct RamStore {
     mapping: MmapRaw,
+    /// Keeps the file that is mapped as it is. Behind the mapping: dropped after it.
+    guard: Option<Guard>,
     /// It is private anonymous memory: what nobody has touched is zero.
     anonymous: bool,
     /// Opened when it is first needed, if this host has it.
@@ -22,20 +24,28 @@ pub struct RamStore {
 impl RamStore {
     pub(super) fn anonymous(size: u64) -> io::Result<Self> {
         let mapping = options(size)?.map_anon()?;
-        Ok(Self { mapping: mapping.into(), anonymous: true, pagemap: OnceLock::new() })
+        let (mapping, pagemap) = (mapping.into(), OnceLock::new());
+        Ok(Self { mapping, guard: None, anonymous: true, pagemap })
     }
 
-    pub(super) fn private(file: &File, size: u64) -> io::Result<Self> {
-        let found = file.metadata()?.len();
+    pub(super) fn private(guard: Guard, size: u64) -> io::Result<Self> {
+        let found = guard.file().metadata()?.len();
         if found != size {
             // Touching a page behind the end of the file would be a SIGBUS.
             let why = format!("the file has {found} bytes, RAM has {size}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
-        // SAFETY: nobody changes the file, as the caller promises; even if somebody did, all accesses are
-        // volatile, as memory shared with a guest demands.
-        let mapping = unsafe { options(size)?.map_copy(file)? };
-        Ok(Self { mapping: mapping.into(), anonymous: false, pagemap: OnceLock::new() })
+        // SAFETY: the guard keeps the file from being written to or cut off until the mapping is gone, or for
+        // the system's lease-break-time after it has told that somebody wants to; all accesses are volatile, as
+        // memory shared with a guest demands.
+        let mapping = unsafe { options(size)?.map_copy(guard.file())? };
+        let (mapping, pagemap) = (mapping.into(), OnceLock::new());
+        Ok(Self { mapping, guard: Some(guard), anonymous: false, pagemap })
+    }
+
+    /// What keeps the mapped file as it is, if one is mapped.
+    pub(super) fn guard(&self) -> Option<&Guard> {
+        self.guard.as_ref()
     }
 
     pub(super) fn size(&self) -> u64 {

@@ -28,7 +28,10 @@ use rustix::{
     fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, Timestamps, UTIME_NOW},
     io::Errno,
 };
-use squib_devices::memory::GuestRam;
+use squib_devices::{
+    granules::{READABLE, Store},
+    memory::{FromFileError, GuestRam},
+};
 use squib_formats::{
     digest::Digest,
     error::FormatError,
@@ -58,6 +61,8 @@ pub struct TemplateCache {
 #[derive(Debug)]
 pub struct Template {
     file: File,
+    /// As it was when it was checked.
+    stat: Stat,
     size: u64,
     chunk_size: u32,
 }
@@ -112,9 +117,23 @@ pub enum CacheError {
 }
 
 impl Template {
-    /// Memory that begins as the template and shares its pages until it writes to them.
-    pub fn map(&self) -> io::Result<GuestRam> {
-        GuestRam::from_file(&self.file, self.size, self.chunk_size.trailing_zeros())
+    /// Memory that begins as the template and shares its pages until it writes to them. Where nothing can keep
+    /// the file from being changed meanwhile, it is a copy: that takes time and room, and is sound.
+    pub fn map(self) -> io::Result<GuestRam> {
+        let Self { file, stat, size, chunk_size } = self;
+        let shift = chunk_size.trailing_zeros();
+        let changed = || io::Error::other("the template was changed just now; try again");
+        let reader = file.try_clone()?;
+        match GuestRam::from_file(file, size, shift, |file| is_same(file, &stat)) {
+            Ok(ram) => Ok(ram),
+            Err(FromFileError::Unguarded(why)) => {
+                tracing::info!("the template is copied, since its file cannot be guarded: {why}");
+                let ram = copy(&reader, size, shift)?;
+                if is_same(&reader, &stat) { Ok(ram) } else { Err(changed()) }
+            }
+            Err(FromFileError::Changed) => Err(changed()),
+            Err(FromFileError::Io(error)) => Err(error),
+        }
     }
 }
 
@@ -184,7 +203,7 @@ impl TemplateCache {
         let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let times = Timestamps { last_access: now, last_modification: now };
         let _ = rustix::fs::utimensat(&dir, SEAL, &times, AtFlags::SYMLINK_NOFOLLOW);
-        Ok(Some(Template { file, size: image.size, chunk_size: image.chunk_size }))
+        Ok(Some(Template { file, stat, size: image.size, chunk_size: image.chunk_size }))
     }
 
     /// The template of `image`, made if it is not there. Of several processes that want one, one makes it and
@@ -207,9 +226,9 @@ impl TemplateCache {
             if made.is_err() {
                 remove(&making);
             }
-            let template = made?;
+            made?;
             self.prune_others(&record.digest.to_string());
-            return Ok(template);
+            // Found as any other: the file that was written to is closed by now.
         }
     }
 
@@ -318,7 +337,7 @@ impl TemplateCache {
         making: &Path,
         dir: &OwnedFd,
         control: Control<'_>,
-    ) -> Result<Template, CacheError> {
+    ) -> Result<(), CacheError> {
         let record = image.record();
         let create = |name: &str| {
             // What a maker that was killed has left is not trusted.
@@ -348,9 +367,32 @@ impl TemplateCache {
         }
         fs::rename(making, &place).map_err(|e| failed_io(&place, "rename into place", e))?;
         let synced = File::open(&self.dir).and_then(storage::sync);
-        synced.map_err(|e| failed_io(&self.dir, "sync", e))?;
-        Ok(Template { file, size: record.size, chunk_size: record.chunk_size })
+        synced.map_err(|e| failed_io(&self.dir, "sync", e))
     }
+}
+
+/// Whether the file is as it was: no write to it leaves all of this the same.
+fn is_same(file: &File, before: &Stat) -> bool {
+    let key = |stat: &Stat| {
+        (stat.st_size, stat.st_mtime, stat.st_mtime_nsec, stat.st_ctime, stat.st_ctime_nsec)
+    };
+    rustix::fs::fstat(file).is_ok_and(|now| key(&now) == key(before))
+}
+
+/// The bytes of the file in memory of its own.
+fn copy(file: &File, size: u64, shift: u32) -> io::Result<GuestRam> {
+    let ram = GuestRam::absent(size, shift)?;
+    let mut bytes = vec![0; 1 << 20];
+    for offset in (0..size).step_by(bytes.len()) {
+        let len = (size - offset).min(bytes.len() as u64);
+        if !storage::is_hole(file, offset, len) {
+            let piece = &mut bytes[..len as usize];
+            file.read_exact_at(piece, offset)?;
+            ram.granules().store().fill(offset, piece)?;
+        }
+    }
+    ram.granules().set_all(READABLE);
+    Ok(ram)
 }
 
 /// What the complete file is known by.
@@ -441,5 +483,25 @@ impl Sink for Raw<'_> {
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_holds_the_bytes_of_the_file() {
+        let file = tempfile::tempfile().unwrap();
+        let size = (2 << 20) + (64 << 10);
+        file.set_len(size).unwrap();
+        file.write_all_at(b"squib", (1 << 20) - 2).unwrap();
+        file.write_all_at(b"end", size - 3).unwrap();
+        let ram = copy(&file, size, 16).unwrap();
+        let mut bytes = vec![0; size as usize];
+        ram.granules().store().read(0, &mut bytes).unwrap();
+        let mut expected = vec![0; size as usize];
+        file.read_exact_at(&mut expected, 0).unwrap();
+        assert!(bytes == expected && !ram.granules().is_absent(0));
     }
 }

@@ -155,3 +155,34 @@ fn the_least_recently_used_templates_give_way() {
     assert_eq!(unlimited.prune(0).unwrap().len(), 2);
     assert!(fs::read_dir(&place).unwrap().next().is_none());
 }
+
+#[test]
+fn a_template_that_others_change_under_a_machine_ends_it_before_it_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = snapshot(dir.path());
+    let mode = || MemoryLoad::Template(cache(dir.path()));
+    drop(back(&path, mode()).unwrap());
+    let file = cache(dir.path()).list().unwrap().remove(0).path.join("memory");
+    type Change = fn(&Path) -> std::io::Result<()>;
+    let changes: [(&str, Change); 3] = [
+        ("cut off", |file| fs::OpenOptions::new().write(true).open(file)?.set_len(0)),
+        ("written over", |file| fs::write(file, [7; 4096])),
+        ("opened", |file| fs::OpenOptions::new().write(true).open(file).map(drop)),
+    ];
+    for (name, change) in changes {
+        let restored = back(&path, mode()).unwrap();
+        let expected = memory(&restored.machine);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        thread::scope(|scope| {
+            let changer = scope.spawn(|| change(&file));
+            let Outcome::Damaged(why) = restored.machine.wait() else { panic!("{name}") };
+            assert!(why.to_string().contains("another program"), "{name}: {why}");
+            // As long as the memory is there, so are its bytes.
+            assert!(memory(&restored.machine) == expected, "{name}");
+            drop(restored);
+            changer.join().unwrap().unwrap();
+        });
+        // It was changed, so that the next machine gets another.
+        drop(back(&path, mode()).unwrap());
+    }
+}
