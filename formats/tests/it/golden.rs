@@ -5,7 +5,8 @@ use std::{env, path::Path, sync::Arc};
 use crate::common::{self, Bytes, Target};
 use squib_formats::{
     digest::Digest,
-    image::{Control, ImageOptions, ImageReader, write_diff},
+    image::{Control, ImageOptions, ImageReader, digest_reader, write_diff},
+    manifest::Operation,
     publish::{Existing, Staging},
     sections::{Sections, write_sections},
     snapshot_dir::Snapshot,
@@ -112,6 +113,44 @@ fn the_snapshot_of_format_1_3_reads_back_as_written() {
     let target = Target::new(common::memory().len(), 0);
     ImageReader::open(&snapshot, "memory").unwrap().load(&target, Control::default()).unwrap();
     assert!(target.bytes.into_inner().unwrap() == common::memory());
+}
+
+/// The ids that the golden snapshots of format 1.4 had when they were written.
+const IDS_1_4: [(&str, &str); 3] = [
+    ("full", "2a694bdc00d6392ffa6dddb2510c214e06665d053d78d1f28ca6e9951c368fe9"),
+    ("diff", "d00026181622df3344d0903344c95b18bc7ad3f74ac14732b776f1e110cdd472"),
+    ("host", "8870079b37e26ac5c5efff63f1d4f7f8a49649c7fd828b4b4541f4fb2d301779"),
+];
+
+#[test]
+fn the_snapshots_of_format_1_4_read_back_as_written() {
+    for (name, id) in IDS_1_4 {
+        let path = golden().join("1.4").join(name);
+        let verified =
+            verify(&path, &[], Control::default()).unwrap_or_else(|damage| panic!("{damage}"));
+        let snapshot = verified.snapshot;
+        assert_eq!(snapshot.id().to_string(), id);
+        assert_eq!((snapshot.header().major, snapshot.header().minor), (1, 4));
+        assert_eq!(verified.unlisted, [""; 0]);
+        assert_eq!(snapshot.parent().is_some(), name == "diff");
+        let manifest = snapshot.manifest();
+        let host = (name == "host").then(common::host_backend);
+        assert_eq!(manifest.host_backend, host);
+        assert_eq!(manifest.operation, Some(Operation::default()));
+        let (memory, disk) = match name {
+            "full" => (common::memory(), common::raw_disk()),
+            "diff" => (changed_memory(), changed_raw_disk()),
+            _ => (common::memory(), common::disk()),
+        };
+        for (name, expected) in [("memory", memory), ("disk-root", disk)] {
+            let target = Target::new(expected.len(), 0);
+            ImageReader::open(&snapshot, name).unwrap().load(&target, Control::default()).unwrap();
+            assert!(target.bytes.into_inner().unwrap() == expected, "{name}");
+        }
+        // Whoever writes the same state has the same image digests for ever.
+        let digest = digest_reader("memory", &mut &common::memory()[..]).unwrap().digest;
+        assert_eq!(manifest.image("memory").unwrap().digest == digest, name != "diff");
+    }
 }
 
 /// The sample's raw disk with its noise gone to zeros.
