@@ -13,8 +13,8 @@ use squib_formats::{
     header::{self, Header},
     image::{
         Beside, Content, Control, HEADER_LEN, ImageOptions, ImageReader, Index, MAX_SIZE,
-        MIN_CHUNK_SIZE, PAGE_SIZE, RECORD_LEN, Scheme, Sink, Source, index_header, is_chunk_size,
-        write_image, zero_digest,
+        MIN_CHUNK_SIZE, PAGE_SIZE, RECORD_LEN, Record, Scheme, Sink, Source, index_header,
+        is_chunk_size, write_image, zero_digest,
     },
     manifest::{
         CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, OnReset,
@@ -103,7 +103,8 @@ pub fn index(bytes: &[u8]) -> bool {
             assert!(offset + u64::from(length) <= data_length);
         }
         let count = chunks.end - chunks.start;
-        let (times, count) = if scheme == Scheme::Runs { (1, count) } else { (count, 1) };
+        let whole = scheme == Scheme::Runs && !matches!(record, Record::Patch { .. });
+        let (times, count) = if whole { (1, count) } else { (count, 1) };
         (0..times).for_each(|_| again.extend(record.encode(scheme, count as u32, zero)));
     }
     assert_eq!(next, index.chunks());

@@ -1,7 +1,7 @@
 //! An image written again with its frames in another order.
 
 use std::{
-    collections::{HashMap, HashSet, hash_map::Entry},
+    collections::{HashMap, hash_map::Entry},
     fs::File,
     sync::Mutex,
 };
@@ -163,35 +163,40 @@ impl Order {
     fn new(image: &ImageReader, first: &[u32]) -> Result<Self, FormatError> {
         let (index, layout) = (image.index(), image.index().layout());
         let mut plan = Self { order: Vec::new(), verify: Vec::new(), duplicate: 0 };
-        let mut done = HashSet::new();
+        // What is copied, for which record and chunk.
         let mut copied = HashMap::new();
-        let mut add = |chunk: u64, record: &Record| {
-            let Some(place) = record.stored().filter(|_| done.insert(chunk)) else { return };
-            match copied.entry(place) {
-                Entry::Vacant(none) => {
-                    none.insert(*record);
-                    plan.order.push(chunk);
-                }
-                Entry::Occupied(same) => {
-                    plan.duplicate += layout.len(chunk) as u64;
-                    // Equal records of whole chunks are right together; a patch depends on the chunk below.
-                    let last = chunk + 1 == layout.chunks();
-                    if same.get() != record || matches!(record, Record::Patch { .. }) || last {
-                        plan.verify.push(chunk);
-                    }
-                }
-            }
-        };
         for chunk in first.iter().copied().map(u64::from) {
             if chunk >= layout.chunks() {
                 let why = format!("chunk {chunk}, the image has {}", layout.chunks());
                 return Err(FormatError::field(&image.record().name, "order of chunks", why));
             }
-            add(chunk, &index.record(chunk));
+            let record = index.record(chunk);
+            if let Some(place) = record.stored()
+                && let Entry::Vacant(none) = copied.entry(place)
+            {
+                none.insert((record, chunk));
+                plan.order.push(chunk);
+            }
         }
-        for (chunks, record) in index.runs().filter(|(_, record)| record.stored().is_some()) {
-            chunks.for_each(|chunk| add(chunk, record));
+        let (mut stored, last) = (0, layout.chunks().saturating_sub(1));
+        for (chunks, record) in index.runs() {
+            let Some(place) = record.stored() else { continue };
+            stored += layout.bytes(&chunks);
+            let (same, chunk) = *copied.entry(place).or_insert_with(|| {
+                plan.order.push(chunks.start);
+                (*record, chunks.start)
+            });
+            // Equal records of whole chunks are right together; a patch depends on the chunk below.
+            let is_patch = matches!(record, Record::Patch { .. });
+            if same != *record || is_patch && chunk != chunks.start {
+                plan.verify.push(chunks.start);
+            }
+            if chunks.contains(&last) && chunk != last && plan.verify.last() != Some(&last) {
+                plan.verify.push(last);
+            }
         }
+        let copied = plan.order.iter().map(|chunk| layout.len(*chunk) as u64).sum::<u64>();
+        plan.duplicate = stored - copied;
         Ok(plan)
     }
 }

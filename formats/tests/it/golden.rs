@@ -147,7 +147,7 @@ fn the_snapshots_of_format_1_4_read_back_as_written() {
             ImageReader::open(&snapshot, name).unwrap().load(&target, Control::default()).unwrap();
             assert!(target.bytes.into_inner().unwrap() == expected, "{name}");
         }
-        // Whoever writes the same state has the same image digests for ever.
+        // The same state has the same image digest for ever.
         let digest = digest_reader("memory", &mut &common::memory()[..]).unwrap().digest;
         assert_eq!(manifest.image("memory").unwrap().digest == digest, name != "diff");
     }

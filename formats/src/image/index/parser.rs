@@ -128,9 +128,13 @@ impl<'a> Parser<'a> {
         if count == 0 || u64::from(count) > left {
             return Err(("number of chunks", format!("{count}, it must be 1 to {left}")));
         }
+        // So that what is to be looked at follows the length of the index, and not what it claims.
+        if kind == PATCH && count > 1 {
+            return Err(("number of chunks", format!("{count}, a patch is of one chunk")));
+        }
         let record = self.record(kind, length, bytes)?;
         match self.records.last() == Some(&record) {
-            true if self.beside.scheme == Scheme::Runs => {
+            true if self.beside.scheme == Scheme::Runs && kind != PATCH => {
                 return Err((
                     "record",
                     "the same as the one before, with which it is one run".into(),
@@ -372,6 +376,11 @@ mod tests {
             assert!(text.starts_with("memory.idx"), "{text}");
             assert!(text.contains(expected), "expected `{expected}` in `{text}`");
         }
+        let diff = Beside { is_diff: true, ..RUNS };
+        let mut bytes = good.clone();
+        bytes[HEADER_LEN] = PATCH;
+        let text = Index::decode(&image, diff, &bytes).unwrap_err().to_string();
+        assert!(text.contains("chunk 0: number of chunks: 2, a patch is of one chunk"), "{text}");
         // An index of the one kind is none of the other.
         assert!(Index::decode(&image, FULL, &good).is_err());
     }

@@ -76,6 +76,8 @@ impl IndexWriter {
         let Some((record, count)) = run else { return Ok(()) };
         let (times, count) = match self.scheme {
             Scheme::Chunks => (count, 1),
+            // A run of it is one chunk.
+            Scheme::Runs if matches!(record, Record::Patch { .. }) => (count, 1),
             // An image has at most 2^30 chunks.
             Scheme::Runs => (1, count as u32),
         };
