@@ -227,14 +227,17 @@ fn write_the_first_entries() {
     // A difference: a parent record, and a patch of two pages in the place of a frame.
     let mut manifest = snapshot.manifest().clone();
     manifest.parent = Some(snapshot.id());
+    // As large as the snapshot that the target builds on.
+    manifest.images[0].size = 8 * u64::from(MIN_CHUNK_SIZE);
+    manifest.machine.memory_size = manifest.images[0].size;
     let body = squib_formats::codec::encode("manifest", &manifest).unwrap();
     let mut patch = vec![0b0101];
     patch.extend(zstd::bulk::compress(&[9; 8192], 1).unwrap());
     let mut index = index;
-    let place = crate::common::record_of(&index, 6);
+    let place = crate::common::record_of(&index, 1);
     index[place.start..place.start + 4].copy_from_slice(&[3, 0, 0, 0]);
     index[place.start + 8..place.end].fill(0);
-    let place = crate::common::record_of(&index, 7);
+    let place = crate::common::record_of(&index, 6);
     index[place.start] = 2;
     index[place.start + 1..place.start + 4]
         .copy_from_slice(&(patch.len() as u32).to_le_bytes()[..3]);
