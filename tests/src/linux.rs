@@ -92,20 +92,30 @@ impl Shell {
     /// What the running guest prints for `command`.
     pub fn ask(&self, command: &str) -> Result<String> {
         let n = self.asked.fetch_add(1, Ordering::Relaxed);
-        // The shell echoes what it reads, but not with the sums done.
-        let line = format!("echo @$(({n}))s@; {command}; echo @$(({n}))e@\n");
-        self.machine.console_input().send(line.as_bytes())?;
-        let (start, end) = (format!("@{n}s@"), format!("@{n}e@"));
-        let answer = self.console.wait_for(PATIENCE, |text| {
-            let (_, rest) = text.split_once(&start)?;
-            let (answer, _) = rest.split_once(&end)?;
-            Some(answer.replace('\r', "").trim().to_owned())
-        });
-        answer.with_context(|| format!("no answer to `{command}`: {}", self.console.text()))
+        ask(&self.console, n, command, |line| Ok(self.machine.console_input().send(line)?))
     }
 
     /// Everything on its console.
     pub fn text(&self) -> String {
         self.console.text()
     }
+}
+
+/// What a guest prints for its `n`th `command`, whose line `send` types.
+pub(crate) fn ask(
+    console: &Capture,
+    n: u32,
+    command: &str,
+    send: impl FnOnce(&[u8]) -> Result<()>,
+) -> Result<String> {
+    // The shell echoes what it reads, but not with the sums done.
+    let line = format!("echo @$(({n}))s@; {command}; echo @$(({n}))e@\n");
+    send(line.as_bytes())?;
+    let (start, end) = (format!("@{n}s@"), format!("@{n}e@"));
+    let answer = console.wait_for(PATIENCE, |text| {
+        let (_, rest) = text.split_once(&start)?;
+        let (answer, _) = rest.split_once(&end)?;
+        Some(answer.replace('\r', "").trim().to_owned())
+    });
+    answer.with_context(|| format!("no answer to `{command}`: {}", console.text()))
 }

@@ -85,39 +85,26 @@ fn a_frozen_counter_goes_on_from_the_saved_value_whatever_the_wall_clock_says() 
     }
 }
 
-/// How far a counter of `frequency` comes in `ns`.
-fn ticks_in(ns: u64, frequency: u64) -> u64 {
-    u64::try_from(u128::from(ns) * u128::from(frequency) / u128::from(SECOND)).unwrap()
-}
-
 #[test]
 fn an_advanced_counter_makes_up_for_some_seconds_and_leaves_more_to_the_rtc() {
     let folder = tempfile::tempdir().unwrap();
     let saved = tiny(folder.path());
     let snap = folder.path().join("snap");
-    for away in [SECOND / 2, 3 * SECOND, 10 * SECOND, 3600 * SECOND, YEAR, 50 * YEAR] {
-        let time = retime(&snap, |time| time.wall_ns = wall_ns() - away).unwrap();
+    for away in [SECOND / 2, 2 * SECOND, 4 * SECOND, 3600 * SECOND, YEAR, 50 * YEAR] {
+        retime(&snap, |time| time.wall_ns = wall_ns() - away).unwrap();
         let (machine, console) = back(folder.path(), ADVANCE).unwrap();
         let Some(TimeAway::Advanced { away: seen, counter }) = machine.time_away() else {
             panic!("{:?}", machine.time_away());
         };
         assert!(seen >= Duration::from_nanos(away));
-        let first = away.min(SECOND);
-        let now = machine.time().counter;
-        assert!(now >= saved + ticks_in(first, time.frequency), "{away} ns away");
-        assert!(now <= saved + ticks_in(SECOND, time.frequency), "{away} ns away");
-        if away > 6 * SECOND {
-            assert_eq!(counter, Duration::from_secs(1));
+        assert_eq!(machine.time().counter, saved, "{away} ns away");
+        if away > 3 * SECOND {
+            assert_eq!(counter, Duration::ZERO);
             continue;
         }
         assert_eq!(counter, seen);
         machine.resume().unwrap();
-        let all = saved + ticks_in(away, time.frequency);
-        let reached = Instant::now();
-        while machine.time().counter < all && reached.elapsed() < PATIENCE {
-            thread::sleep(Duration::from_millis(10));
-        }
-        assert!(machine.time().counter >= all, "{}", console.text());
+        assert!(away::makes_up_for(&machine, saved, away, PATIENCE), "{}", console.text());
     }
 }
 
@@ -167,15 +154,17 @@ fn a_counter_behind_its_end_is_refused_by_name() {
 fn a_timer_that_came_due_while_away_fires_once() {
     let folder = tempfile::tempdir().unwrap();
     tiny(folder.path());
-    // Between the first and the second time at which the guest wants to be woken.
     let snap = folder.path().join("snap");
-    retime(&snap, |time| time.wall_ns = wall_ns() - SECOND * 9 / 2).unwrap();
+    retime(&snap, |time| time.wall_ns = wall_ns() - SECOND * 5 / 2).unwrap();
     let (machine, console) = back(folder.path(), ADVANCE).unwrap();
     machine.resume().unwrap();
     let started = Instant::now();
     while machine.time().counter <= u64::from(PERIOD) && started.elapsed() < PATIENCE {
         thread::sleep(Duration::from_millis(10));
     }
+    let lines = |text: &str| text.matches('\n').count();
+    let before = lines(&console.text());
+    console.wait_for(PATIENCE, |text| (lines(text) > before + 2).then_some(())).unwrap();
     let (fired, counter) = ticks(&machine, &console);
     // The guest asks for multiples of the period since its start, a moment after zero.
     assert!((1..=counter / u64::from(PERIOD)).contains(&fired), "{fired} interrupts by {counter}");
@@ -183,13 +172,6 @@ fn a_timer_that_came_due_while_away_fires_once() {
     machine.console_input().send(&[POWER_OFF]).unwrap();
     machine.wait_timeout(PATIENCE).unwrap();
 }
-
-fn number(shell: &Shell, command: &str) -> u64 {
-    let text = shell.ask(command).unwrap();
-    text.parse().unwrap_or_else(|_| panic!("{command}: {text}"))
-}
-
-const UPTIME: &str = "cut -d. -f1 /proc/uptime";
 
 /// A guest at all moments, as snapshots in `folder`; none if there is no guest kit.
 fn moments(folder: &Path) -> Option<Vec<(Moment, PathBuf)>> {
@@ -245,8 +227,8 @@ fn linux_that_was_away_notices_no_hang_and_its_wall_clock_is_right() {
     let shells = thread::scope(|scope| {
         let running = shells.into_iter().zip(cases).map(|(shell, case)| {
             scope.spawn(move || {
-                let back =
-                    away::come_back(&shell, case.0).unwrap_or_else(|e| panic!("{case:?}: {e}"));
+                let back = away::come_back(&shell, case.0, case.1)
+                    .unwrap_or_else(|e| panic!("{case:?}: {e}"));
                 eprintln!("{case:?}: {back:?}");
                 // It lags behind while others are busy; that it does not stay.
                 assert!(back.later.abs() <= 1, "{case:?}: {back:?}");
@@ -263,25 +245,9 @@ fn linux_that_was_away_notices_no_hang_and_its_wall_clock_is_right() {
     for (shell, (moment, ..)) in shells {
         if moment == Moment::Idle {
             assert_eq!(shell.ask("ls /tmp/woken 2>&1 | grep -c No").unwrap(), "1", "not due yet");
-            let before = wall_ns() / SECOND;
-            let rtc = number(&shell, "cat /sys/class/rtc/rtc0/since_epoch");
-            assert!((before..=wall_ns() / SECOND).contains(&rtc), "{before} then {rtc}");
-            assert!(number(&shell, UPTIME) < PATIENCE.as_secs());
+            // A date that is set there stays.
+            shell.ask("date -s @86400 >/dev/null; sleep 3").unwrap();
+            assert_eq!(shell.ask("date +%Y").unwrap(), "1970");
         }
     }
-}
-
-#[test]
-fn a_date_that_the_guest_sets_stays() {
-    let folder = tempfile::tempdir().unwrap();
-    let Some(shell) = Shell::boot(folder.path()).unwrap() else {
-        eprintln!(
-            "SKIPPED a_date_that_the_guest_sets_stays: the guest kit is not in the cache (`squib kit fetch` gets \
-             it)"
-        );
-        return;
-    };
-    // The rule sets the clock once when it begins.
-    shell.ask("sleep 3; date -s @86400 >/dev/null; sleep 4").unwrap();
-    assert_eq!(shell.ask("date +%Y").unwrap(), "1970");
 }

@@ -191,7 +191,7 @@ pub(crate) enum ModeArg {
 pub(crate) enum ClockArg {
     /// The virtual counter goes on from the saved value.
     Freeze,
-    /// The wall clock is right: up to 6 seconds by moving the counter, more through the RTC, which the guest must follow
+    /// The wall clock is right: up to 3 seconds by moving the counter, more through the RTC, which the guest must follow
     /// (docs/time.md).
     Advance,
 }

@@ -20,7 +20,8 @@ enum Mode {
         running: AtomicBool,
         value_at_start: AtomicU64,
         started_at: AtomicU64,
-        /// The end of the lease: see [`Counter::lease`].
+        /// The last lease's length and end: see [`Counter::lease`].
+        lease: AtomicU64,
         end: AtomicU64,
     },
     /// Advanced by the one vCPU of a deterministic machine: one tick an instruction.
@@ -36,6 +37,7 @@ impl Counter {
                 running: AtomicBool::new(false),
                 value_at_start: AtomicU64::new(value),
                 started_at: AtomicU64::new(0),
+                lease: AtomicU64::new(u64::MAX),
                 end: AtomicU64::new(u64::MAX),
             },
         }
@@ -55,25 +57,29 @@ impl Counter {
     pub fn now(&self) -> u64 {
         match &self.mode {
             Mode::Instructions { value } => value.load(Ordering::Relaxed),
-            Mode::Host { epoch, running, value_at_start, started_at, end } => {
+            Mode::Host { epoch, running, value_at_start, started_at, end, .. } => {
                 // In this order: `lease` moves the start before the end, and by a reading of the host's
-                // clock that is older than the start that is seen here.
+                // clock that is older than the start that is seen here. The end of an earlier run may lie
+                // below the base.
                 let end = end.load(Ordering::Acquire);
                 let base = value_at_start.load(Ordering::Acquire);
                 if !running.load(Ordering::Acquire) {
                     return base;
                 }
                 let start = started_at.load(Ordering::Acquire);
-                base.wrapping_add(host_ns(*epoch).saturating_sub(start)).min(end)
+                base.wrapping_add(host_ns(*epoch).saturating_sub(start)).min(end).max(base)
             }
         }
     }
 
-    /// Lets a host counter run from its present value. Called while no vCPU runs. Idempotent.
+    /// Lets a host counter run from its present value, for a lease as long as the last one. Called while no vCPU
+    /// runs. Idempotent.
     pub fn start(&self) {
-        if let Mode::Host { epoch, running, started_at, .. } = &self.mode
+        if let Mode::Host { epoch, running, value_at_start, started_at, lease, end } = &self.mode
             && !running.load(Ordering::Acquire)
         {
+            let base = value_at_start.load(Ordering::Acquire);
+            end.store(base.saturating_add(lease.load(Ordering::Acquire)), Ordering::Release);
             started_at.store(host_ns(*epoch), Ordering::Release);
             running.store(true, Ordering::Release);
         }
@@ -88,25 +94,26 @@ impl Counter {
         }
     }
 
-    /// Sets the value, and ends the lease. Called while the counter is stopped and no vCPU runs.
+    /// Sets the value. Called while the counter is stopped and no vCPU runs.
     pub fn set(&self, ticks: u64) {
         match &self.mode {
             Mode::Instructions { value } => value.store(ticks, Ordering::Relaxed),
-            Mode::Host { value_at_start, end, .. } => {
-                end.store(u64::MAX, Ordering::Release);
-                value_at_start.store(ticks, Ordering::Release);
-            }
+            Mode::Host { value_at_start, .. } => value_at_start.store(ticks, Ordering::Release),
         }
     }
 
-    /// Lets a running host counter come `ticks` further than it is now, and then stand still. One that stands at
-    /// the end of its last lease goes on from there: vCPUs see nothing of the time in which no thread of the
-    /// process ran. vCPUs may run; two calls at once, or one beside `start`, `stop` or `set`, may not.
+    /// Lets a running host counter come `ticks` further than it is now, and then stand still; a stopped one, when it
+    /// is started. One that stands at the end of its last lease goes on from there: vCPUs see nothing of the time
+    /// in which no thread of the process ran. vCPUs may run; two calls at once, or one beside `start`, `stop` or
+    /// `set`, may not.
     pub fn lease(&self, ticks: u64) {
-        let Mode::Host { epoch, running, value_at_start, started_at, end } = &self.mode else {
+        let Mode::Host { epoch, running, value_at_start, started_at, lease, end } = &self.mode
+        else {
             return;
         };
+        lease.store(ticks, Ordering::Release);
         if !running.load(Ordering::Acquire) {
+            // It begins with the start.
             return;
         }
         let start = started_at.load(Ordering::Acquire);
@@ -188,14 +195,16 @@ mod tests {
     }
 
     #[test]
-    fn a_counter_that_is_set_has_no_lease() {
+    fn a_counter_that_is_started_has_a_lease_as_long_as_the_last_one() {
         let counter = Counter::host(0);
-        counter.start();
-        counter.lease(0);
-        counter.stop();
-        counter.set(LONG);
-        counter.start();
-        thread::sleep(Duration::from_millis(1));
-        assert!(counter.now() > LONG);
+        counter.lease(1000);
+        for value in [5, LONG] {
+            counter.set(value);
+            counter.start();
+            thread::sleep(Duration::from_millis(1));
+            assert_eq!(counter.now(), value + 1000);
+            counter.stop();
+            assert_eq!(counter.now(), value + 1000);
+        }
     }
 }

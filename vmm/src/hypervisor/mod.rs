@@ -130,8 +130,8 @@ pub trait SystemCounter: Send + Sync {
     fn stop(&self);
     /// Sets the value. Called while it is stopped.
     fn set(&self, ticks: u64);
-    /// Lets it come `ticks` further than it is now, and then stand still; one that stands at the end of its last
-    /// lease goes on from there. So the guest sees nothing of the time in which this process was stopped. vCPUs
+    /// Lets it come `ticks` further than it is now, or than it is when it is started, and then stand still; one that
+    /// stands at the end of its last lease goes on from there. So the guest sees nothing of the time in which this process was stopped. vCPUs
     /// may run. A counter of the hardware cannot be held while they do, and ignores it.
     fn lease(&self, _ticks: u64) {}
 }

@@ -1,13 +1,15 @@
-//! Keeps the guest's counter together with the host's time, in a way that no guest takes for a hang.
+//! Keeps the guest's counter together with the host's time, in a way that no guest takes for a
+//! hang.
 //!
-//! Time passes while the guest does not run: between a snapshot and its restore, while the process is
-//! stopped (SIGSTOP, a frozen control group, a host without CPU time), while the host is suspended. A guest
-//! whose counter jumps over such a time reports stalls and lockups of itself; Linux on arm64 looks at no
-//! stolen time. So the counter runs on a lease that this file's thread renews, and a time away of at most
-//! [`MOST`] reaches it in steps. A longer one is the wall clock's alone, which the guest reads from its RTC.
+//! Time passes while the guest does not run: between a snapshot and its restore, while the process
+//! is stopped (SIGSTOP, a frozen control group, a host without CPU time), while the host is
+//! suspended. A guest whose counter jumps over such a time reports stalls and lockups of itself;
+//! Linux on arm64 looks at no stolen time. So the counter runs on a lease that this file's thread
+//! renews, and a time away of at most [`MOST`] reaches it in steps. A longer one is the wall
+//! clock's alone, which the guest reads from its RTC.
 //!
-//! With [`ClockPolicy::Freeze`] the counter makes up for nothing. A deterministic machine has a time of its
-//! own, and none of this.
+//! With [`ClockPolicy::Freeze`] the counter makes up for nothing. A deterministic machine has a
+//! time of its own, and none of this.
 
 use std::{
     sync::Arc,
@@ -20,27 +22,31 @@ use squib_devices::clock::Clock;
 use super::{Control, alarm::AlarmClock, types::ClockPolicy, vcpu::Board};
 use crate::{config::MachineConfig, hypervisor::SystemCounter};
 
-/// The longest time away that the counter makes up for, all steps together. Linux reports a stall of RCU after 21
-/// seconds and a soft lockup after 20 (`rcu_cpu_stall_timeout`, twice `watchdog_thresh`), reckoned from a
-/// moment that may lie before the steps: with the lease they are half of that.
-pub(super) const MOST: Duration = Duration::from_secs(6);
-/// The first step of a restore, before the guest's first instruction, and the only one after a longer time away:
-/// what looks at the RTC every second does so at once.
-const FIRST_STEP: Duration = Duration::from_secs(1);
-/// Each of the others, well below the period of Linux's watchdogs (4 seconds).
-const STEP: Duration = Duration::from_millis(500);
+/// The longest time away that the counter makes up for, all steps together. Linux reports a stall
+/// of RCU after 21 seconds and a soft lockup after 20 (`rcu_cpu_stall_timeout`, twice
+/// `watchdog_thresh`), reckoned from a moment that may lie before the steps: with the lease they
+/// are a quarter of that.
+pub(super) const MOST: Duration = Duration::from_secs(3);
+/// Each step. Linux takes it for time that its running task has used up, which then waits for the
+/// others.
+const STEP: Duration = Duration::from_millis(100);
 /// How long the guest runs between two steps.
-const BETWEEN_STEPS: Duration = Duration::from_millis(100);
+const BETWEEN_STEPS: Duration = Duration::from_millis(50);
 /// A guest that has not taken its timer's interrupt so often when a step was due gets no more.
-const MOST_REFUSALS: u32 = 20;
+const MOST_REFUSALS: u32 = 40;
 /// How long a step waits for the vCPUs.
 const STEP_PATIENCE: Duration = Duration::from_millis(250);
 /// How far the counter comes by itself when the process is stopped.
-const LEASE: Duration = Duration::from_secs(3);
+const LEASE: Duration = Duration::from_secs(2);
 /// How often the lease is renewed.
 const LOOK: Duration = Duration::from_secs(1);
-/// A time away that is worth a step. Below are the delays of a busy host's threads.
+/// A time away that is worth a step.
 const NOTICED: Duration = Duration::from_millis(500);
+/// Less is not added up: two clocks of a host may differ by so much between two looks, and be one
+/// again.
+const BLUR: Duration = Duration::from_millis(20);
+/// How often both clocks are read for two readings of one moment.
+const READINGS: u32 = 5;
 
 /// The keeper of a machine's time.
 pub(super) struct TimeKeeper {
@@ -60,6 +66,8 @@ struct State {
     open: bool,
     running: bool,
     policy: ClockPolicy,
+    /// Time away that is not worth a step yet.
+    missed: Duration,
     debt: Debt,
     seen: Seen,
 }
@@ -68,8 +76,8 @@ struct State {
 #[derive(Default)]
 struct Debt {
     owed: Duration,
-    /// What was granted, less the time that the guest has run since: a process that is stopped again and again
-    /// does not move its guest's counter by [`MOST`] each time.
+    /// What was granted, less the time that the guest has run since: a process that is stopped
+    /// again and again does not move its guest's counter by [`MOST`] each time.
     granted: Duration,
     /// Steps that could not be made since the last one.
     refusals: u32,
@@ -98,22 +106,18 @@ impl TimeKeeper {
             open: true,
             running: false,
             policy: ClockPolicy::Freeze,
+            missed: Duration::ZERO,
             debt: Debt::default(),
             seen,
         };
         let state = Mutex::new(state);
         let changed = Condvar::new();
-        Arc::new(Self {
-            board,
-            counter,
-            clock,
-            alarm,
-            vcpus,
-            deterministic,
-            control,
-            state,
-            changed,
-        })
+        let keeper =
+            Self { board, counter, clock, alarm, vcpus, deterministic, control, state, changed };
+        if !deterministic {
+            keeper.counter.lease(keeper.ticks(LEASE));
+        }
+        Arc::new(keeper)
     }
 
     /// What a time away does to the counter from now on.
@@ -121,14 +125,10 @@ impl TimeKeeper {
         self.state.lock().policy = policy;
     }
 
-    /// Moves the counter of a machine that has not run by a step, and leaves the others of `away` for later.
-    /// Returns by how much it will have moved when all are made.
+    /// The machine was away before its first instruction. Returns by how much the counter will be
+    /// moved for that: all of it, or nothing.
     pub(super) fn make_up(&self, away: Duration) -> Duration {
-        let debt = &mut self.state.lock().debt;
-        let all = debt.grant(away);
-        let first = if all { debt.take(FIRST_STEP) } else { FIRST_STEP };
-        self.counter.set(self.counter.now().saturating_add(self.ticks(first)));
-        if all { away } else { first }
+        if self.state.lock().debt.grant(away) { away } else { Duration::ZERO }
     }
 
     /// The ticks in [`MOST`].
@@ -136,7 +136,8 @@ impl TimeKeeper {
         self.ticks(MOST)
     }
 
-    /// Body of the thread. Ends with [`close`](Self::close), and at once in a deterministic machine.
+    /// Body of the thread. Ends with [`close`](Self::close), and at once in a deterministic
+    /// machine.
     pub(super) fn watch(&self) {
         let mut state = self.state.lock();
         while state.open && !self.deterministic {
@@ -176,7 +177,8 @@ impl TimeKeeper {
 
     /// Renews the lease, looks whether time was missed, and makes a step if one is due.
     fn turn(&self) {
-        // Whoever changes the run state now has the clocks to themselves; the next turn looks again.
+        // Whoever changes the run state now has the clocks to themselves; the next turn looks
+        // again.
         let Some(control) = self.control.try_lock() else { return };
         let mut state = self.state.lock();
         if control.paused || !state.running {
@@ -188,17 +190,21 @@ impl TimeKeeper {
             Duration::from_nanos(state.seen.continuous_ns.saturating_sub(before.continuous_ns));
         let ran = self.duration(state.seen.ticks.saturating_sub(before.ticks));
         state.debt.granted = state.debt.granted.saturating_sub(ran);
-        self.missed(&mut state, passed.saturating_sub(ran));
+        let missed = passed.saturating_sub(ran);
+        if missed >= BLUR {
+            state.missed += missed;
+        }
+        self.make_up_missed(&mut state);
         if !state.debt.owed.is_zero() && !self.step(&mut state) {
             state.debt.refuse();
         }
     }
 
-    /// The guest has not seen `missed` of the host's time.
-    fn missed(&self, state: &mut State, missed: Duration) {
-        if missed < NOTICED {
+    fn make_up_missed(&self, state: &mut State) {
+        if state.missed < NOTICED {
             return;
         }
+        let missed = std::mem::take(&mut state.missed);
         tracing::info!("the machine stood still for {missed:.1?}");
         self.alarm.look_again();
         if state.policy == ClockPolicy::Advance {
@@ -206,8 +212,8 @@ impl TimeKeeper {
         }
     }
 
-    /// Moves the counter while all vCPUs are at the gate. False if one did not come, or has not taken its tick of
-    /// the step before.
+    /// Moves the counter while all vCPUs are at the gate. False if one did not come, or has not
+    /// taken its tick of the step before.
     fn step(&self, state: &mut State) -> bool {
         let gate = &self.board.gate;
         if gate.close_until(Instant::now() + STEP_PATIENCE).is_err() {
@@ -231,7 +237,16 @@ impl TimeKeeper {
 
     fn renew(&self, state: &mut State) {
         self.counter.lease(self.ticks(LEASE));
-        state.seen = Seen { continuous_ns: self.clock.continuous_ns(), ticks: self.counter.now() };
+        for _ in 0..READINGS {
+            let before = self.clock.continuous_ns();
+            let ticks = self.counter.now();
+            let continuous_ns = self.clock.continuous_ns();
+            state.seen = Seen { continuous_ns, ticks };
+            // A thread that was put aside between the two would find a time away in the next look.
+            if Duration::from_nanos(continuous_ns.saturating_sub(before)) < BLUR / 2 {
+                break;
+            }
+        }
     }
 
     fn ticks(&self, time: Duration) -> u64 {
@@ -248,7 +263,8 @@ impl TimeKeeper {
 const NANOS: u128 = 1_000_000_000;
 
 impl Debt {
-    /// Takes `away` on, unless that is too much. A part would be of no use: the wall clock has to be set anyway.
+    /// Takes `away` on, unless that is too much. A part would be of no use: the wall clock has to
+    /// be set anyway.
     fn grant(&mut self, away: Duration) -> bool {
         let all = away <= MOST.saturating_sub(self.granted);
         if all {

@@ -109,7 +109,7 @@ pub enum ClockPolicy {
     /// It goes on from where it was.
     #[default]
     Freeze,
-    /// It is moved by the wall-clock time that passed if that is at most 6 seconds, in steps that the guest does not
+    /// It is moved by the wall-clock time that passed if that is at most 3 seconds, in steps that the guest does not
     /// take for a hang. A longer time is left to the guest's RTC. Not on a deterministic machine.
     Advance,
 }
@@ -125,7 +125,7 @@ pub enum TimeAway {
     Advanced {
         /// The wall-clock time since the save.
         away: Duration,
-        /// By how much the counter moves, the first second or two that the guest runs included.
+        /// By how much the counter is moved, in the first second or two that the guest runs: by all of it, or not.
         counter: Duration,
     },
     /// The host's wall clock is behind the one of the save: the counter goes on from the saved value.

@@ -13,7 +13,12 @@ use squib_snapshot::{
     check::{CheckOptions, check},
     restore::{MemoryLoad, RestoreError, RestoreOptions, Restored, restore},
 };
-use squib_tests::{console::Capture, scenario};
+use squib_tests::{
+    away::{SECOND, makes_up_for, wall_ns},
+    console::Capture,
+    retime::retime,
+    scenario,
+};
 use squib_vmm::{
     config::BackendKind,
     machine::{self, ClockPolicy, Identity, Machine},
@@ -97,6 +102,41 @@ fn every_way_back_gives_equal_memory_and_state_and_goes_on() {
             let found = there.ram().granules().recorded();
             assert!(found.len() > 1, "memory came by faults: {found:?}");
         }
+        power_off(&there).unwrap();
+    }
+}
+
+#[test]
+fn a_short_time_away_is_made_up_for_in_steps_by_all_vcpus_and_a_long_one_is_not() {
+    let _session = Session::begin();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (machine, _) = begun(folder.path());
+    capture(&machine, &at("snap"), &options()).unwrap();
+    let saved = machine.time().counter;
+    drop(machine);
+    for (seconds, made_up) in [(2, true), (3600, false)] {
+        let away = seconds * SECOND;
+        retime(&at("snap"), |time| time.wall_ns = wall_ns() - away).unwrap();
+        let disks = at(&format!("disks{seconds}"));
+        fs::create_dir(&disks).unwrap();
+        let options = RestoreOptions {
+            disk_dir: Some(disks),
+            machine: machine::RestoreOptions {
+                identity: Identity::Same,
+                clock: ClockPolicy::Advance,
+            },
+            ..RestoreOptions::default()
+        };
+        let console = Capture::default();
+        let there = restore(&at("snap"), &options, Box::new(console.clone())).unwrap().machine;
+        there.resume().unwrap();
+        match made_up {
+            true => assert!(makes_up_for(&there, saved, away, PATIENCE), "{}", console.text()),
+            false => lines(&there, &console, 3).unwrap(),
+        }
+        let moved = (there.time().counter - saved) / there.time().frequency;
+        assert!(moved < 3000, "{moved} s");
         power_off(&there).unwrap();
     }
 }
