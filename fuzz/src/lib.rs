@@ -17,8 +17,7 @@ use squib_formats::{
         is_chunk_size, write_image, zero_digest,
     },
     manifest::{
-        CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, OnReset,
-        Operation, SectionRecord,
+        CpuIdentity, FileRecord, ImageRecord, MEMORY_IMAGE, MachineInfo, Manifest, SectionRecord,
     },
     persist::{PersistError, Section},
     publish::{Durability, Existing, Staging},
@@ -412,8 +411,7 @@ pub fn publish(path: &Path, memory: &[u8]) -> Result<Digest, squib_formats::erro
         parent: None,
         parent_hint: None,
         host_backend: None,
-        // As this build writes it: in the newest format.
-        operation: Some(Operation { on_reset: OnReset::Restart, initrd_digest: None }),
+        operation: None,
         machine: MachineInfo {
             name: "vm".into(),
             memory_size: image.size,

@@ -374,7 +374,7 @@ fn sections_and_the_machine_must_fit_each_other() {
             m.machine.vcpus = 2;
             m.machine.deterministic = None;
         }),
-        ("nothing takes `floppy`", |m| m.sections[0].kind = "floppy".into()),
+        ("section `serial` of instance `0` is missing", |m| m.sections[0].kind = "floppy".into()),
         ("backend", |m| m.machine = MachineInfo { backend: "x".into(), ..m.machine.clone() }),
     ];
     for (expected, change) in cases {
