@@ -68,6 +68,11 @@ impl Kit {
         }
     }
 
+    /// Where the kernel of the newest kit in the cache lies. Nothing is read of the kit, nor made.
+    pub(crate) fn cached_kernel() -> Option<PathBuf> {
+        Some(Store::find().ok()?.current()?.dir.join("Image"))
+    }
+
     /// The kit, fetched if it is not in the cache. `progress` is told what is being done.
     pub fn fetch(options: &FetchOptions, progress: &dyn Fn(&str)) -> Result<Self, KitError> {
         let store = Store::open()?;

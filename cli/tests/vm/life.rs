@@ -347,10 +347,10 @@ fn a_failed_snapshot_leaves_the_guest_running_and_nothing_behind() {
 #[test]
 fn a_disk_without_room_leaves_the_guest_running_and_nothing_behind() {
     let place = Place::new();
-    // A limit on the size of files stands for a full disk; the index of 64 MiB takes 48 KiB.
+    // A limit on the size of files, 4 KiB, stands for a full disk; the frames of memory take more.
     let mut command = Command::new("sh");
     command
-        .args(["-c", "ulimit -f 64; exec \"$@\"", "sh", SQUIB])
+        .args(["-c", "ulimit -f 8; exec \"$@\"", "sh", SQUIB])
         .args(["run", "--kernel", "kernel", "--memory", "64M", "--name", "a"])
         .args(["--backend", BACKEND])
         .current_dir(place.dir.path())

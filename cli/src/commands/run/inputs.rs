@@ -33,11 +33,12 @@ impl Boot {
         let named = args.kernel.as_deref().map(absolute).transpose()?;
         let initrd = args.initrd.as_deref().map(absolute).transpose()?;
         let kit = match (&named, &initrd) {
-            // Only to see whether the kernel is the kit's: without a kit it is not.
-            (Some(kernel), None) => {
-                Kit::cached().ok().flatten().filter(|kit| is_same(kernel, &kit.kernel))
+            (Some(kernel), None)
+                if Kit::cached_kernel().is_some_and(|kit| is_same(kernel, &kit)) =>
+            {
+                Kit::cached().code(Code::Failed)?
             }
-            (Some(_), Some(_)) => None,
+            (Some(_), _) => None,
             (None, _) => Some(Kit::cached().code(Code::Failed)?.ok_or_else(no_kernel)?),
         };
         let Some(kit) = kit else {
