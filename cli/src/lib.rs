@@ -48,6 +48,10 @@ pub fn command_line() -> clap::Command {
 
 fn command(command: args::Command, started: Instant) -> Code {
     log::start();
+    if let Err(failed) = events::survive_file_size_limits() {
+        console::message(&format!("squib: {failed}\n"));
+        return Code::Failed;
+    }
     let json = command.is_json();
     let done = match command {
         args::Command::Run(args) => commands::run::run(args, started),

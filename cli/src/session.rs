@@ -58,7 +58,6 @@ impl Session<'_> {
         // Dropped in reverse order: the name is free once everything else is gone.
         let home = Home::open().code(Code::Failed)?;
         let (events, happened) = mpsc::channel();
-        events::survive_file_size_limits()?;
         events::run_in_background()?;
         // Before there is anything that a signal could leave behind.
         events::watch_signals(events.clone())?;
