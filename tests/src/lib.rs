@@ -8,6 +8,7 @@ pub mod difftest;
 pub mod hostile;
 pub mod linux;
 pub mod macho;
+pub mod programs;
 pub mod retime;
 pub mod scenario;
 pub mod tiny;

@@ -35,7 +35,12 @@ fn path(file: KitFile) -> Result<Code> {
 fn fetch(args: FetchArgs) -> Result<Code> {
     end_on_signal(kit::abandon)?;
     let spinner = Spinner::new("the guest kit");
-    let options = FetchOptions { mirror: args.mirror, rootfs: args.rootfs, refresh: args.refresh };
+    let options = FetchOptions {
+        mirror: args.mirror,
+        rootfs: args.rootfs,
+        refresh: args.refresh,
+        ..FetchOptions::default()
+    };
     let kit = Kit::fetch(&options, &|what| spinner.say(what)).code(Code::Failed)?;
     drop(spinner);
     if args.json {

@@ -55,6 +55,9 @@ pub struct FetchOptions {
     pub mirror: Option<String>,
     /// Also make the root file system.
     pub rootfs: bool,
+    /// Debian packages that the root file system holds beside the usual ones. It is an image of its own: the usual
+    /// one stays as it is. What the packages' scripts would set up is not.
+    pub packages: Vec<String>,
     /// Look for newer packages even if there is a kit.
     pub refresh: bool,
 }
@@ -76,10 +79,11 @@ impl Kit {
     /// The kit, fetched if it is not in the cache. `progress` is told what is being done.
     pub fn fetch(options: &FetchOptions, progress: &dyn Fn(&str)) -> Result<Self, KitError> {
         let store = Store::open()?;
+        let packages = &options.packages;
         let current = if options.refresh { None } else { store.current() };
         let complete = |kit: &Self| !options.rootfs || kit.rootfs.is_some();
         if let Some(version) = &current {
-            let kit = version.kit()?;
+            let kit = version.kit_with(packages)?;
             if complete(&kit) {
                 return Ok(kit);
             }
@@ -87,7 +91,7 @@ impl Kit {
         // Another process may have fetched it while this one waited for the lock.
         let _lock = store.lock(progress)?;
         let current = if options.refresh { None } else { store.current() };
-        let kit = current.as_ref().map(Version::kit).transpose()?;
+        let kit = current.as_ref().map(|version| version.kit_with(packages)).transpose()?;
         if let Some(kit) = kit.filter(complete) {
             return Ok(kit);
         }
@@ -98,10 +102,11 @@ impl Kit {
             Some(version) => version,
             None => store.fetch_version(&apt, &stage, progress)?,
         };
-        if options.rootfs && version.kit()?.rootfs.is_none() {
-            rootfs::make(&apt, &stage.path, &version.rootfs(), &version.dir, progress)?;
+        if options.rootfs && version.kit_with(packages)?.rootfs.is_none() {
+            let target = version.rootfs(packages);
+            rootfs::make(&apt, packages, &stage.path, &target, &version.dir, progress)?;
         }
-        version.kit()
+        version.kit_with(packages)
     }
 }
 
@@ -338,13 +343,18 @@ struct Version {
 }
 
 impl Version {
-    /// The kit; the initramfs is built when this build of squib has a newer recipe for it.
     fn kit(&self) -> Result<Kit, KitError> {
+        self.kit_with(&[])
+    }
+
+    /// The kit, with a root file system that holds `packages` too; the initramfs is built when this build of squib has
+    /// a newer recipe for it.
+    fn kit_with(&self, packages: &[String]) -> Result<Kit, KitError> {
         let initrd = self.dir.join(format!("initrd-{}.cpio", initramfs::recipe()));
         if !initrd.is_file() {
             publish(&initrd, &initramfs::build(&self.dir, &self.release)?)?;
         }
-        let rootfs = self.rootfs();
+        let rootfs = self.rootfs(packages);
         Ok(Kit {
             kernel: self.dir.join("Image"),
             initrd,
@@ -353,8 +363,8 @@ impl Version {
         })
     }
 
-    fn rootfs(&self) -> PathBuf {
-        self.dir.join(format!("rootfs-{}.ext4", rootfs::recipe()))
+    fn rootfs(&self, packages: &[String]) -> PathBuf {
+        self.dir.join(format!("rootfs-{}.ext4", rootfs::recipe(packages)))
     }
 }
 

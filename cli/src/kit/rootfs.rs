@@ -43,16 +43,20 @@ const PACKAGES: &[&str] = &[
 /// What a user can still put on it.
 const FREE_MIB: u64 = 128;
 
-/// Identifies what [`make`] makes of the same archive.
-pub(super) fn recipe() -> String {
+/// Identifies what [`make`] makes of the same archive with `extra` packages.
+pub(super) fn recipe(extra: &[String]) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(INIT.as_bytes());
     hasher.update(CLOCK.as_bytes());
-    for name in PACKAGES {
+    for name in names(extra) {
         hasher.update(name.as_bytes());
         hasher.update(b"\0");
     }
     hasher.finalize().to_hex()[..12].to_owned()
+}
+
+fn names(extra: &[String]) -> Vec<&str> {
+    PACKAGES.iter().copied().chain(extra.iter().map(String::as_str)).collect()
 }
 
 /// Where the programs are that make the file system.
@@ -60,16 +64,17 @@ pub(super) fn tools() -> Result<(PathBuf, PathBuf), KitError> {
     Ok((apt::require("mke2fs", "e2fsprogs")?, apt::require("debugfs", "e2fsprogs")?))
 }
 
-/// Makes the image `target`, in `stage` first. `kit` holds busybox.
+/// Makes the image `target` with `extra` packages, in `stage` first. `kit` holds busybox.
 pub(super) fn make(
     apt: &Apt,
+    extra: &[String],
     stage: &Path,
     target: &Path,
     kit: &Path,
     progress: &dyn Fn(&str),
 ) -> Result<(), KitError> {
     let (mke2fs, debugfs) = tools()?;
-    let packages = apt.closure(PACKAGES)?;
+    let packages = apt.closure(&names(extra))?;
     progress(&format!("downloading {} packages of the root file system", packages.len()));
     let debs = stage.join("root-debs");
     let root = stage.join("root");
@@ -203,4 +208,19 @@ fn each(dir: &Path, call: &mut dyn FnMut(&Path, &fs::Metadata)) -> Result<(), Ki
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::recipe;
+
+    #[test]
+    fn every_list_of_extra_packages_has_an_image_of_its_own() {
+        let of =
+            |names: &[&str]| recipe(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
+        let recipes = [of(&[]), of(&["gdb"]), of(&["gdb", "gcc"]), of(&["gdbgcc"])];
+        for (n, one) in recipes.iter().enumerate() {
+            assert!(!recipes[..n].contains(one), "{recipes:?}");
+        }
+    }
 }
