@@ -3,23 +3,29 @@
 use std::{
     fs::{self, File},
     io::Read,
-    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     process::{Child, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
+};
+// What only the tests on Linux use.
+#[cfg(target_os = "linux")]
+use std::{
+    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    time::Instant,
 };
 
-use rustix::{
-    fs::OFlags,
-    process::{Pid, Signal, kill_process},
-};
+#[cfg(target_os = "linux")]
+use rustix::fs::OFlags;
+use rustix::process::{Pid, Signal, kill_process};
 use squib_tests::tiny::{Burst, Ending, noise};
 
-use crate::common::{PATIENCE, Place};
+#[cfg(target_os = "linux")]
+use crate::common::PATIENCE;
+use crate::common::Place;
 
 /// More than a small pipe holds, less than the guest is held up for.
 const SOME: u32 = 40_000;

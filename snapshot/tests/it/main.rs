@@ -10,4 +10,6 @@ mod memory;
 mod outside;
 mod raw_disks;
 mod restores;
+// Holes are asked for on Linux only.
+#[cfg(target_os = "linux")]
 mod sparse;

@@ -47,7 +47,6 @@ fn granules(machine: &Machine) -> &std::sync::Arc<DiskGranules> {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn a_disk_of_a_tebibyte_is_captured_restored_and_compared_by_what_is_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Still::new(dir.path());
@@ -86,7 +85,6 @@ fn a_disk_of_a_tebibyte_is_captured_restored_and_compared_by_what_is_in_it() {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn a_restored_disk_of_a_tebibyte_brings_what_is_in_it_and_is_captured_again() {
     let dir = tempfile::tempdir().unwrap();
     let source = machine(dir.path());
@@ -137,7 +135,6 @@ fn a_restored_disk_of_a_tebibyte_brings_what_is_in_it_and_is_captured_again() {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn memory_that_nobody_has_touched_is_not_looked_at() {
     let dir = tempfile::tempdir().unwrap();
     let mut guest = Still::new(dir.path());
