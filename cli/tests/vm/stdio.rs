@@ -71,6 +71,7 @@ fn cases(command: &str) -> Vec<Case> {
         "demo" => vec![case(2, &["demo", "--keep", "."])],
         // There is no apt-get: see `call`.
         "kit fetch" => vec![case(1, &["kit", "fetch"])],
+        "kit path" => vec![case(1, &["kit", "path", "kernel"])],
         "ps" => vec![case(0, &["ps"]), case(0, &["ps", "--json"])],
         "doctor" => vec![case(0, &["doctor"]), case(0, &["doctor", "--json"])],
         "snapshot create" => vec![
@@ -94,7 +95,7 @@ fn cases(command: &str) -> Vec<Case> {
             let words = &["snapshot", "rebase", "snap", "--onto", "snap", "-o", "based"];
             vec![makes("based", words)]
         }
-        "snapshot rm" => vec![case(5, &["snapshot", "rm", "nowhere"])],
+        "snapshot rm" => vec![case(2, &["snapshot", "rm", "nowhere"])],
         "snapshot optimize" => vec![case(5, &["snapshot", "optimize", "snap", "-o", "best"])],
         "snapshot cache ls" => vec![case(0, &["snapshot", "cache", "ls"])],
         "snapshot cache prune" => vec![case(0, &["snapshot", "cache", "prune"])],
