@@ -399,3 +399,28 @@ fn a_state_that_the_cpu_cannot_have_had_is_refused_by_name() {
         assert!(refused.contains(field) && refused.contains("vcpu"), "{refused}");
     }
 }
+
+#[test]
+fn any_count_of_instructions_is_taken_over_and_saved_back() {
+    use squib_vmm::hypervisor::VcpuState;
+    let dir = TempDir::new().unwrap();
+    let config = counting(dir.path());
+    let (machine, _) = boot(&config);
+    machine.run_until(100).unwrap();
+    let good = machine.save().unwrap();
+    let count = |sections: &[Section]| {
+        let vcpu = sections.iter().find(|section| section.kind == "vcpu").unwrap();
+        vcpu.decode::<VcpuState>().unwrap().retired
+    };
+    for retired in [0, count(&good) + 1, u64::MAX - 1, u64::MAX] {
+        let mut sections = good.clone();
+        let vcpu = sections.iter_mut().find(|section| section.kind == "vcpu").unwrap();
+        let mut state: VcpuState = vcpu.decode().unwrap();
+        state.retired = retired;
+        *vcpu = Section::encode("0", &state).unwrap();
+        let ram = GuestRam::new(config.memory).unwrap();
+        let (options, sink) = (RestoreOptions::default(), Box::new(std::io::sink()));
+        let machine = Machine::restore(config.clone(), sections, options, ram, sink).unwrap();
+        assert_eq!(count(&machine.save().unwrap()), retired);
+    }
+}
