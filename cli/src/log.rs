@@ -32,7 +32,7 @@ struct Budget {
 
 /// For what is said unasked.
 const TOLD: Budget = Budget { burst: 10, every: Duration::from_secs(60) };
-/// For what somebody looks for with SQUIB_LOG.
+/// For the levels that a user asks for with SQUIB_LOG.
 const ASKED_FOR: Budget = Budget { burst: 1000, every: Duration::from_millis(20) };
 
 /// Sends messages to the standard error from now on.

@@ -23,7 +23,7 @@ pub(super) const STAGE_MAX: usize = ".4194304/s".len();
 /// Name of the socket there.
 pub(super) const STAGED: &str = "s";
 
-/// Listens on `path` with mode 0600. A socket on which nobody listens any more is replaced.
+/// Listens on `path` with mode 0600. A socket without a listener is replaced.
 pub fn listen(path: &Path) -> Result<UnixListener, HomeError> {
     if path.as_os_str().len() > SOCKET_PATH_MAX {
         return Err(HomeError::SocketPath { path: path.to_owned() });
@@ -37,7 +37,7 @@ pub fn listen(path: &Path) -> Result<UnixListener, HomeError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(HomeError::io(path, e)),
     }
-    // Between bind and chmod anybody could connect: that happens where nobody else gets in.
+    // Between bind and chmod any user could connect: so both happen in a folder that others cannot enter.
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let stage = parent.join(format!(".{}", std::process::id()));
     let staged = stage.join(STAGED);

@@ -88,7 +88,7 @@ pub(crate) fn message(bytes: &[u8]) {
     };
 }
 
-/// The standard output, without a buffer. A descriptor that somebody has set to not block is waited for.
+/// The standard output, without a buffer. It waits for a descriptor that is set to not block.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Stdout;
 
