@@ -47,6 +47,13 @@ pub fn write_boot_file(
     staging.finish(file)
 }
 
+/// blake3 of what `source` holds.
+pub fn digest_boot_file(source: &mut dyn Read) -> io::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(source)?;
+    Ok(hasher.finalize().into())
+}
+
 /// Copies those files of `snapshot`, if it has any, into a snapshot that is written from it.
 pub fn copy_boot_files(staging: &mut Staging, snapshot: &Snapshot) -> Result<(), FormatError> {
     for name in [KERNEL_FILE, INITRD_FILE] {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use squib_formats::{
-    boot_files::write_boot_file,
+    boot_files::{digest_boot_file, write_boot_file},
     digest::Digest,
     error::FormatError,
     manifest::{INITRD_FILE, KERNEL_FILE},
@@ -16,7 +16,7 @@ use squib_formats::{
     publish::Staging,
     snapshot_dir::Snapshot,
 };
-use squib_vmm::config::MachineConfig;
+use squib_vmm::config::{MachineConfig, OnReset};
 
 /// Files that the user names, in place of those of the snapshot.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +47,24 @@ pub enum BootFileError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// The user names a file that the guest was not booted from.
+    #[error("{what} {}: blake3 is {found}, the guest was booted from a file with {expected}", path.display())]
+    Another {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The digest in the snapshot.
+        expected: Digest,
+        /// The file's.
+        found: Digest,
+    },
+    /// The user names an initrd, and the guest was booted without one.
+    #[error("initrd {}: the guest was booted without one", path.display())]
+    NoInitrd {
+        /// The file.
+        path: PathBuf,
     },
     /// It cannot be copied into the snapshot, or is another one by now.
     #[error("{what} {}: {source}", path.display())]
@@ -79,6 +97,30 @@ pub(crate) fn store(staging: &mut Staging, config: &MachineConfig) -> Result<(),
     Ok(())
 }
 
+/// Refuses files that the user names and that a reset could not boot: nothing else would say so until then.
+pub(crate) fn check_named(named: &BootFiles, config: &MachineConfig) -> Result<(), BootFileError> {
+    let BootFiles { kernel, initrd } = named;
+    if let (Some(path), None) = (initrd, &config.initrd) {
+        return Err(BootFileError::NoInitrd { path: path.clone() });
+    }
+    let kernel = (KERNEL.0, kernel, config.kernel_digest);
+    for (what, path, digest) in [kernel, (INITRD.0, initrd, config.initrd_digest)] {
+        let Some(path) = path else { continue };
+        let mut file = open(what, path)?;
+        // An older snapshot does not know which file it was: then the user's word counts.
+        let Some(expected) = digest else { continue };
+        let found = digest_boot_file(&mut file).map_err(|source| BootFileError::Open {
+            what,
+            path: path.clone(),
+            source,
+        })?;
+        if found != expected {
+            return Err(BootFileError::Another { what, path: path.clone(), expected, found });
+        }
+    }
+    Ok(())
+}
+
 /// Says in `config` where the restored machine boots again from: what the user named, else what is in the
 /// snapshot, else where it was. Returns why it cannot, as far as that shows without reading the files; a boot
 /// checks their digests.
@@ -97,7 +139,14 @@ pub(crate) fn place(
         config.initrd = Some(initrd);
         usable = usable.and(found);
     }
-    usable
+    match config.on_reset {
+        OnReset::Restart => usable.and_then(|()| {
+            let initrd = config.initrd.as_deref().map(|path| open(INITRD.0, path));
+            open(KERNEL.0, &config.kernel).and(initrd.transpose()).map(drop)
+        }),
+        // Paths out of a snapshot are not even looked at where no reset will boot anything.
+        OnReset::Exit => usable,
+    }
 }
 
 fn find(
@@ -116,7 +165,7 @@ fn find(
     // guest must not be able to have another one booted.
     let usable = match (named, digest) {
         (None, None) => Err(BootFileError::Unknown { what }),
-        _ => open(what, &path).map(drop),
+        _ => Ok(()),
     };
     (path, usable)
 }

@@ -153,6 +153,9 @@ pub enum RestoreError {
         /// The id.
         id: String,
     },
+    /// The options name a kernel or initrd that is not what the guest was booted from.
+    #[error(transparent)]
+    BootFile(#[from] BootFileError),
     /// There are captured disks and no directory for them.
     #[error("disk `{id}` is in the snapshot, and there is no directory to put it into")]
     NoDiskDir {
@@ -192,6 +195,7 @@ pub fn restore(
     let opened = Opened::new(path, options)?;
     let mut timings = RestoreTimings { open: start.elapsed(), ..RestoreTimings::default() };
     let Opened { snapshot, sections, mut config, images, room } = opened;
+    boot_files::check_named(&options.boot_files, &config)?;
 
     let started = Instant::now();
     let mut disks = Disks::default();

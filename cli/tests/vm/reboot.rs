@@ -128,3 +128,22 @@ fn a_panic_is_told_from_a_reset() {
     let (status, _, messages) = vm.end();
     assert_eq!(status.code(), Some(3), "{messages}");
 }
+
+#[test]
+fn a_file_that_a_reset_could_not_boot_is_refused_at_once() {
+    let place = Place::new();
+    let mut vm = restored(&place, &RESTART, &[], &["--kernel", "kernel"]);
+    vm.send(POWER_OFF);
+    assert_eq!(vm.end().0.code(), Some(0));
+    fs::write(place.path("other"), b"no kernel of this guest").unwrap();
+    for (words, said) in [
+        (["--kernel", "other"], "the guest was booted from a file with"),
+        (["--kernel", "none"], "No such file"),
+        (["--initrd", "other"], "the guest was booted without one"),
+    ] {
+        let words = [&["snapshot", "restore", "snap"][..], &words].concat();
+        let (code, _, err) = place.done(&words);
+        assert!(code == 2 && err.contains(said), "{words:?}: {code} {err}");
+        assert!(place.left().is_empty(), "{:?}", place.left());
+    }
+}

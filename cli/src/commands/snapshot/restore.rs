@@ -132,7 +132,7 @@ fn cannot_reboot(error: &BootFileError) -> Failure {
         BootFileError::Open { what, .. } | BootFileError::Unknown { what } => {
             format!("; --{what} FILE names it")
         }
-        BootFileError::Copy { .. } => String::new(),
+        _ => String::new(),
     };
     Failure::new(Code::Usage, anyhow::anyhow!("the guest cannot boot again: {error}{advice}"))
 }
@@ -296,6 +296,10 @@ fn failure(error: RestoreError) -> Failure {
         RestoreError::Machine(error) if run::code(error) != Code::Snapshot => {
             let code = run::code(error);
             return Failure::new(code, anyhow::anyhow!("{error}"));
+        }
+        // The snapshot is right, the command line is not.
+        RestoreError::BootFile(error) => {
+            return Failure::new(Code::Usage, anyhow::anyhow!("{error}"));
         }
         RestoreError::Format(FormatError::Digest { .. } | FormatError::Chunk { .. }) => {
             ": `squib snapshot verify` lists all damage"
