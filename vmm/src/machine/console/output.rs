@@ -18,8 +18,9 @@ use crate::machine::types::Timings;
 const MOST_UNWRITTEN: usize = 64 << 10;
 /// Bytes offered to the sink at once: a piece, after which progress can be seen. A page of a pipe on Linux.
 const PIECE: usize = 4096;
-/// The least time from one write to the next while less than a piece waits. Shorter than a frame of a screen.
-const GATHER: Duration = Duration::from_millis(10);
+/// The least time from one write to the next while less than a piece waits. A line takes a guest less, so a
+/// reader waits no longer than this for its end.
+const GATHER: Duration = Duration::from_millis(2);
 
 /// What the guest wrote, on its way to the host. The guest is held up while the host is behind.
 pub(in crate::machine) struct Output {
